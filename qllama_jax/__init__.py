@@ -1,0 +1,60 @@
+"""Quantized Llama models as pure JAX: GGUF files stay packed on the device.
+
+`load` a file, `generate` or `stream` text; or take `model.params` and `model.config` to the pure
+functions `forward`, `hidden_states`, `unembed` and `generate_tokens`.
+"""
+
+from qllama_jax.cache import KVCache, init_cache, resize_cache
+from qllama_jax.chat_template import ChatTemplateError
+from qllama_jax.config import ModelConfig
+from qllama_jax.decoding import (
+    Decoded,
+    DecodeState,
+    Finish,
+    decode_many,
+    generate_tokens,
+    prefill,
+)
+from qllama_jax.errors import ContextOverflowError, GGUFError, NumericalError
+from qllama_jax.generate import Piece, Result, generate, stream
+from qllama_jax.gguf_file import read_gguf
+from qllama_jax.load import Model, load
+from qllama_jax.matmul import matmul
+from qllama_jax.model import forward, hidden_states, sites, unembed
+from qllama_jax.params import Params
+from qllama_jax.sampling import Sampling
+from qllama_jax.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatTemplateError",
+    "ContextOverflowError",
+    "DecodeState",
+    "Decoded",
+    "Finish",
+    "GGUFError",
+    "KVCache",
+    "Model",
+    "ModelConfig",
+    "NumericalError",
+    "Params",
+    "Piece",
+    "Result",
+    "Sampling",
+    "Tokenizer",
+    "decode_many",
+    "forward",
+    "generate",
+    "generate_tokens",
+    "hidden_states",
+    "init_cache",
+    "load",
+    "matmul",
+    "prefill",
+    "read_gguf",
+    "resize_cache",
+    "sites",
+    "stream",
+    "unembed",
+]

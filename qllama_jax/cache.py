@@ -1,0 +1,116 @@
+"""The KV cache: preallocated, carried through every call, written in place when donated."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from qllama_jax.config import ModelConfig
+from qllama_jax.quants import Leaf
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer for B rows of at most S positions.
+
+    The long axis of v is its last, which is the order in which attention contracts it: with the
+    other order XLA's CPU dot over 2,048 positions takes 1.3 times as long.
+
+    A row whose length is above S is poisoned: something went past its end or a token was out of
+    range, and every logit computed with it is NaN until the row is set back to a valid length.
+    """
+
+    k: tuple[Leaf, ...]  # a layer: float[B, K, S, H]
+    v: tuple[Leaf, ...]  # a layer: float[B, K, H, S]
+    lengths: Leaf  # int32[B]: filled positions a row
+
+    @property
+    def max_length(self) -> int:
+        """S, the positions that a row has room for."""
+        return self.k[0].shape[2]
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of rows."""
+        return self.k[0].shape[0]
+
+
+def init_cache(
+    config: ModelConfig,
+    batch_size: int = 1,
+    max_length: int = 512,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> KVCache:
+    """Return an empty cache, 2 * layers * B * K * S * H numbers.
+
+    Raises:
+        ValueError: batch_size or max_length below 1.
+    """
+    if batch_size < 1 or max_length < 1:
+        raise ValueError(f"init_cache: batch_size={batch_size}, max_length={max_length}: below 1")
+    B, K, S, H = batch_size, config.num_kv_heads, max_length, config.head_dim
+    layers = range(config.num_layers)
+    return KVCache(
+        k=tuple(jnp.zeros((B, K, S, H), dtype) for _ in layers),
+        v=tuple(jnp.zeros((B, K, H, S), dtype) for _ in layers),
+        lengths=jnp.zeros((B,), jnp.int32),
+    )
+
+
+def resize_cache(cache: KVCache, max_length: int) -> KVCache:
+    """Return the cache with room for `max_length` positions a row, its contents kept.
+
+    A poisoned row stays poisoned.
+
+    Raises:
+        ValueError: `max_length` is smaller than the room the cache has.
+    """
+    more = max_length - cache.max_length
+    if more < 0:
+        raise ValueError(f"resize_cache: max_length={max_length} < {cache.max_length}")
+    poisoned = cache.lengths > cache.max_length
+    return KVCache(
+        k=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) for k in cache.k),
+        v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, more))) for v in cache.v),
+        lengths=jnp.where(poisoned, max_length + 1, cache.lengths),
+    )
+
+
+def write(
+    buffer: Float[Array, "B K X Y"],
+    new: Float[Array, "B K X2 Y2"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+    *,
+    axis: int,
+) -> Float[Array, "B K X Y"]:
+    """Write new[b, :, :count[b]] at position start[b] of each row (positions lie along `axis`).
+
+    Nothing else changes: columns of `new` past count[b] are padding and are never stored, and there
+    may be more of them than the row has room for. Needs start[b] + count[b] <= S. Rows are written
+    one by one: a vmapped dynamic_update_slice would become a scatter, which copies.
+    """
+    for b in range(buffer.shape[0]):
+        buffer = _write_row(buffer, new[b : b + 1], b, start[b], count[b], axis)
+    return buffer
+
+
+def _write_row(buffer: Array, new: Array, row: int, start: Array, count: Array, axis: int) -> Array:
+    S = buffer.shape[axis]
+    T = min(new.shape[axis], S)
+    new = lax.slice_in_dim(new, 0, T, axis=axis)  # what lies past S is padding
+    # dynamic_update_slice moves a window that sticks out past the end: move it here, knowingly,
+    # and shift the contents back by as much.
+    at = jnp.minimum(start, S - T)
+    shift = start - at
+    where = [np.int32(0)] * buffer.ndim
+    where[0], where[axis] = np.int32(row), at
+    old = lax.dynamic_slice(buffer, where, new.shape)
+    index = lax.broadcasted_iota(jnp.int32, new.shape, axis) - shift
+    fresh: Bool[Array, "1 K X Z"] = (index >= 0) & (index < count)
+    if T > 1:
+        new = jnp.roll(new, shift, axis)
+    return lax.dynamic_update_slice(buffer, jnp.where(fresh, new.astype(buffer.dtype), old), where)

@@ -1,0 +1,249 @@
+"""The command line: `qllama generate | chat | info | bench`, the same as `python -m qllama_jax`.
+
+Text goes to stdout, all else to stderr. What goes wrong is one line, `qllama: error: ...`, and exit
+code 2. What needs jax is imported where it is needed: `--help` and bad flags do not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qllama_jax.errors import NumericalError
+
+if TYPE_CHECKING:
+    from qllama_jax.generate import Piece
+    from qllama_jax.load import Model
+
+BAD, INTERRUPTED, NO_READER = 2, 130, 141  # the last two are what a shell says of SIGINT, SIGPIPE
+ACTIVATIONS = ("auto", "float", "int8", "int8x2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; `--help` and `--version` raise SystemExit(0)."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a foreign character is no reason to stop
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the terminal's ^C
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+    # RuntimeError: jax's own, such as a device that is not there or has no memory left.
+    except (ValueError, NumericalError, OSError, MemoryError, RuntimeError) as error:
+        _complain(error)
+        return BAD
+    return 0
+
+
+def _complain(error: Exception) -> None:
+    text = str(error) or type(error).__name__
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # one line, whatever c
+    print(f"qllama: error: {shown}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print the usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="qllama", description="Run quantized Llama models from GGUF files.")
+    version = sys.modules["qllama_jax"].__version__
+    parser.add_argument("--version", action="version", version=f"qllama_jax {version}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("_")
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.add_argument("model", metavar="MODEL", help="a GGUF file, or any part of a split one")
+        added.set_defaults(run=run)
+        return added
+
+    generate = command(_generate, "continue a text")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    _add_sampling(generate)
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
+    _add_computing(generate)
+
+    chat = command(_chat, "talk to a model; /clear forgets, /exit or end of input ends")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    _add_sampling(chat)
+    _add_computing(chat)
+
+    command(_info, "say what is in a file, without loading it")
+
+    bench = command(_bench, "measure tokens a second, compilation left out")
+    _add_whole(bench, "-p --prompt-tokens", 128, "tokens of the prompt", lo=1)
+    _add_whole(bench, "-n --max-new-tokens", 64, "tokens to generate", lo=1)
+    bench.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
+    _add_computing(bench)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_whole(parser, "-n --max-new-tokens", 128, "tokens to generate at the most", lo=1)
+    _add_float(parser, "--temperature", 0.8, "0 takes the likeliest token")
+    _add_whole(parser, "--top-k", 40, "keep the K likeliest tokens; 0: all")
+    _add_float(parser, "--top-p", 0.95, "keep the likeliest tokens up to this probability; 1: all")
+    _add_float(parser, "--min-p", 0.05, "keep tokens this likely, next to the likeliest; 0: all")
+    _add_float(parser, "--repeat-penalty", 1.0, "make recent tokens less likely; 1: not")
+    _add_whole(parser, "--seed", None, "of the draws", hi=2**32 - 1)
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="how activations meet packed weights; auto: what is fastest here",
+    )
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew, and keep nothing compiled on disk",
+    )
+
+
+def _add_whole(
+    parser: argparse.ArgumentParser,
+    flags: str,
+    default: int | None,
+    text: str,
+    *,
+    lo: int = 0,
+    hi: int = 2**31 - 1,
+) -> None:
+    def whole(value: str) -> int:
+        if not (value.isascii() and value.isdigit() and len(value) < 20 and lo <= int(value) <= hi):
+            raise argparse.ArgumentTypeError(f"found {value!r}, wanted an integer in {lo}..{hi}")
+        return int(value)
+
+    shown = "random" if default is None else default
+    parser.add_argument(
+        *flags.split(), type=whole, default=default, metavar="N", help=f"{text} (default: {shown})"
+    )
+
+
+def _add_float(parser: argparse.ArgumentParser, flag: str, default: float, text: str) -> None:
+    parser.add_argument(
+        flag, type=float, default=default, metavar="X", help=f"{text} (default: {default})"
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    options = _options(arguments)
+    model = _load(arguments)
+    from qllama_jax.chat import show
+    from qllama_jax.generate import stream
+
+    pieces = stream(model, arguments.prompt, ignore_eos=arguments.ignore_eos, **options)
+    print(_closing_line(show(pieces, []), options["seed"]), file=sys.stderr)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    options = _options(arguments)
+    model = _load(arguments)
+    from qllama_jax.chat import converse
+
+    def closing_line(last: Piece) -> str:
+        return _closing_line(last, options["seed"])
+
+    converse(model, arguments.system, options, closing_line, _complain)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from qllama_jax.gguf_file import read_gguf
+    from qllama_jax.info import describe
+
+    for line in describe(read_gguf(arguments.model)):
+        print(line)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from qllama_jax.gguf_file import read_gguf
+    from qllama_jax.info import by_qtype
+
+    qtype = next(iter(by_qtype(read_gguf(arguments.model))), "none")
+    began = time.perf_counter()
+    model = _load(arguments)
+    load_seconds = time.perf_counter() - began
+    from qllama_jax.bench import measure, table
+
+    report = {"model": model.path.name, "qtype": qtype, "load_s": load_seconds} | measure(
+        model,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.max_new_tokens,
+        activations=arguments.activations,
+    )
+    print(table(report), file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        print(json.dumps(report))
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return `stream`'s keywords; raises for a parameter out of range, before a model is loaded."""
+    from qllama_jax.sampling import Sampling, check_sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+    sampling = {name: getattr(arguments, name) for name in names}
+    check_sampling(Sampling(**sampling))
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    return sampling | {
+        "max_new_tokens": arguments.max_new_tokens,
+        "activations": arguments.activations,
+        "seed": seed,
+    }
+
+
+def _closing_line(last: Piece, seed: int) -> str:
+    stats = last.stats
+    assert stats is not None
+    return (
+        f"prompt: {stats.prompt_tokens} tokens, {stats.prefill_tok_s:.1f} tok/s;"
+        f" generated: {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s"
+        f" (compiling included); finish: {last.finish_reason}; seed: {seed}"
+    )
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    """Load the model, with a bar where stderr is a terminal, ready to compile."""
+    import jax
+
+    from qllama_jax.compilation_cache import set_compilation_cache
+    from qllama_jax.load import load
+
+    set_compilation_cache(not arguments.no_compilation_cache)
+    try:
+        jax.devices()
+    except AssertionError:  # how jax says that it has no plugin for the platform
+        raise RuntimeError(f"jax finds no device of {jax.config.jax_platforms!r}") from None
+
+    if not sys.stderr.isatty():
+        return load(arguments.model)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress
+
+    columns = ("loading", BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return load(arguments.model, progress=progress)

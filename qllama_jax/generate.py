@@ -1,0 +1,203 @@
+"""Text or token ids in, text and tokens out: `generate` and `stream`.
+
+Both read the events of one `Session`, so they give the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qllama_jax.decoding import Finish
+from qllama_jax.load import Model
+from qllama_jax.matmul import Activations
+from qllama_jax.row_text import RowText, stop_strings
+from qllama_jax.sampling import Sampling
+from qllama_jax.session import Session, Stats
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation.
+
+    text: what the tokens say; control tokens, and a stop string with all after it, are left out.
+    tokens: every token that was generated, the one that ended it included.
+    logprobs: the log-probability of each token under the unmodified logits, float32 `[len(tokens)]`.
+    finish_reason: "stop" (a stop token or string) or "length".
+    stats: of the whole call, all rows together.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: np.ndarray = field(repr=False)
+    finish_reason: str
+    stats: Stats = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a stream. `text` may be empty: a character can take several tokens.
+
+    `finish_reason` and `stats` are None but for the last piece.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None = None
+    stats: Stats | None = None
+
+
+def generate(
+    model: Model,
+    prompt: Any,
+    *,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+    activations: Activations = "auto",
+    **sampling: Any,
+) -> Any:
+    """Continue a prompt, or every one of a list of prompts in one batch.
+
+    Args:
+        model: from `load`.
+        prompt: a text, or token ids; a list of texts or of lists of ids is a batch.
+        max_new_tokens: the most tokens to generate a row, at least 1.
+        seed: of the draws; row b draws from `fold_in(key(seed), b)`.
+        stop: texts that end a row where they appear.
+        ignore_eos: go on past end-of-generation tokens.
+        activations: see `matmul`.
+        **sampling: the fields of `Sampling`, numbers or one a row. By default greedy.
+
+    Returns:
+        A `Result`, or a list of them for a list of prompts.
+
+    Raises:
+        ContextOverflowError: a prompt and its new tokens do not fit the model's context.
+        NumericalError: logits that are not finite.
+        TypeError, ValueError: arguments of another kind or out of range.
+    """
+    prompts, is_batch = read_prompts(model, prompt)
+    session, rows = _session(
+        model, prompts, max_new_tokens, seed, stop, ignore_eos, activations, sampling
+    )
+    for event in session.run():
+        row = rows[event.row]
+        row.add(event)
+        if row.finish != Finish.RUNNING:
+            session.stop(event.row)
+    results = [
+        Result(
+            text=row.text,
+            tokens=row.tokens,
+            logprobs=np.asarray(row.logprobs, np.float32),
+            finish_reason=row.finish.name.lower(),
+            stats=session.stats,
+        )
+        for row in rows
+    ]
+    return results if is_batch else results[0]
+
+
+def stream(
+    model: Model,
+    prompt: Any,
+    *,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+    activations: Activations = "auto",
+    **sampling: Any,
+) -> Iterator[Piece]:
+    """Yield the tokens of `generate` for one prompt as they come, each with its text.
+
+    Arguments and errors as in `generate`; the errors of arguments are raised at the call.
+    """
+    prompts, is_batch = read_prompts(model, prompt)
+    if is_batch:
+        raise TypeError("stream takes one prompt; generate takes a list of them")
+    session, (row,) = _session(
+        model, prompts, max_new_tokens, seed, stop, ignore_eos, activations, sampling
+    )
+    return _pieces(session, row)
+
+
+def _pieces(session: Session, row: RowText) -> Iterator[Piece]:
+    for event in session.run():
+        text = row.add(event)
+        if row.finish != Finish.RUNNING:
+            reason = row.finish.name.lower()
+            yield Piece(text, event.token, event.logprob, reason, session.stats)
+            return
+        yield Piece(text, event.token, event.logprob)
+
+
+def _session(
+    model: Model,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    seed: int,
+    stop: str | Sequence[str],
+    ignore_eos: bool,
+    activations: Activations,
+    sampling: dict[str, Any],
+) -> tuple[Session, list[RowText]]:
+    strings = stop_strings(stop)
+    tokenizer = model.tokenizer if model.has_tokenizer else None
+    if tokenizer is None and strings:
+        raise ValueError(f"stop: {model.path} has no tokenizer")
+    eog = frozenset() if tokenizer is None or ignore_eos else tokenizer.eog_ids
+    session = Session(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop_tokens=eog,
+        sampling=Sampling(**sampling),
+        activations=activations,
+    )
+    return session, [RowText(tokenizer, strings, continues=True) for _ in prompts]
+
+
+def read_prompts(model: Model, prompt: Any) -> tuple[list[np.ndarray], bool]:
+    """Return the prompts as arrays of token ids, and whether they were given as a batch.
+
+    Raises:
+        TypeError, ValueError: what is neither text nor token ids of the vocabulary, or is empty.
+    """
+    if isinstance(prompt, str):
+        return [_read_prompt(model, prompt, "prompt")], False
+    items = list(prompt)
+    if not items:
+        raise ValueError("prompt: empty")
+    if all(isinstance(item, str) or np.ndim(item) > 0 for item in items):
+        return [_read_prompt(model, item, f"prompt {i}") for i, item in enumerate(items)], True
+    return [_read_prompt(model, prompt, "prompt")], False
+
+
+def _read_prompt(model: Model, prompt: Any, name: str) -> np.ndarray:
+    if isinstance(prompt, str):
+        prompt = model.tokenizer.encode(prompt)
+        if not prompt:
+            raise ValueError(f"{name}: the text is empty and the model has no BOS token to begin")
+    ids = np.asarray(prompt)
+    if ids.size == 0:
+        raise ValueError(f"{name}: no tokens")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name}: expected a text or a flat list of token ids, found {ids.dtype} of shape"
+            f" {ids.shape}"
+        )
+    V = model.config.vocab_size
+    bad = np.flatnonzero((ids < 0) | (ids >= V))
+    if bad.size:
+        raise ValueError(
+            f"{name}: token id {ids[bad[0]]} at index {bad[0]} is outside the vocabulary 0..{V - 1}"
+        )
+    return ids.astype(np.int32)

@@ -1,0 +1,68 @@
+"""x @ dequantize(w).T for every kind of weight; the kind of the leaf picks the implementation.
+
+A packing for another back end, or a wrapped weight (an adapter, say), is one more leaf type that
+registers itself here; nothing else in the package asks what a weight is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qllama_jax.matmul import xla
+from qllama_jax.quants import Block
+
+Activations = Literal["auto", "float", "int8", "int8x2"]
+
+
+def matmul(
+    x: Float[Array, "*batch in"], w: Any, *, activations: Activations = "float"
+) -> Float[Array, "*batch out"]:
+    """Compute x @ dequantize(w).T, accumulated in float32.
+
+    Args:
+        x: activations, `[*batch, in]`.
+        w: a packed weight (`Block`) or a plain array, `[out, in]`.
+        activations: how x enters the product with a packed weight. "float" as it is; "int8" rounded
+            to 127 steps of the largest magnitude in each 32 values, as llama.cpp and candle do on a
+            CPU; "int8x2" with the rounding error added as a second int8, 1/254 of a step; "auto"
+            whatever is fastest for this leaf type, here "float".
+
+    Returns:
+        `[*batch, out]` in the dtype of x.
+
+    Raises:
+        ValueError: the inner sizes differ, or `activations` is none of the four.
+        TypeError: no implementation is registered for the type of w.
+    """
+    check_activations(activations)
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"matmul: x {x.shape} and w {w.shape} differ in their last axis")
+    return _multiply(w, x, activations)
+
+
+def check_activations(activations: str) -> None:
+    """Raise ValueError unless `activations` names a way to multiply."""
+    if activations not in get_args(Activations):
+        raise ValueError(f"activations={activations!r}: expected one of {get_args(Activations)}")
+
+
+@functools.singledispatch
+def _multiply(w: Any, x: Float[Array, "*batch in"], activations: Activations) -> Array:
+    if not isinstance(w, jax.Array):
+        raise TypeError(f"no matmul is registered for a weight of type {type(w).__name__}")
+    return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype), precision=xla.precision(x.dtype))
+
+
+register = _multiply.register
+
+
+@register
+def _(w: Block, x: Float[Array, "*batch in"], activations: Activations) -> Array:
+    if w.block_size > 1:  # numbers that are floats in the file meet float activations
+        x = xla.round_activations(x, activations)
+    return xla.matmul_blocks(x, w)

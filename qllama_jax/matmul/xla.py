@@ -1,0 +1,117 @@
+"""The portable implementation, and the definition of what every other one computes.
+
+The weight is dequantized a tile of rows at a time inside a rolled loop, so the dense copy that
+lives at any moment is one tile, whatever the size of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from qllama_jax.quants import Block
+
+# Values of a dequantized tile: 1 MiB of float32, which stays in a core's L2 cache together with
+# its packed bytes. Larger tiles bring nothing at one row and cost memory.
+TILE_VALUES = 2**18
+
+# The rounding group of "int8" and "int8x2" activations, as ggml's block_q8_0.
+GROUP = 32
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Keep float32 products in float32 where the hardware would round them (TF32, bfloat16)."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def round_activations(x: Float[Array, "*batch in"], activations: str) -> Float[Array, "*batch in"]:
+    """Return x as the integer kernels see it: d q ("int8") or d (q + r / 254) ("int8x2").
+
+    d is the largest magnitude of each GROUP values over 127; q and r are integers in -127..127.
+    """
+    if activations not in ("int8", "int8x2"):
+        return x
+    *batch, width = x.shape
+    groups = x.astype(jnp.float32).reshape(*batch, width // GROUP, GROUP)
+    d = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) * np.float32(1 / 127)
+    inverse = jnp.where(d > 0, 1 / jnp.where(d > 0, d, 1), 0)
+    scaled = groups * inverse
+    q = jnp.round(scaled)
+    if activations == "int8x2":
+        q = q + jnp.round((scaled - q) * 254) * np.float32(1 / 254)
+    return (d * q).reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def matmul_blocks(x: Float[Array, "*batch in"], w: Block) -> Float[Array, "*batch out"]:
+    """Compute x @ w.dequantize().T, a tile of rows of w at a time.
+
+    Differentiable with respect to x alone: the backward pass dequantizes the tiles again, so the
+    forward pass keeps no dense weight; packed leaves have no gradient.
+    """
+    *batch, width = x.shape
+    rows = x.reshape(-1, width)
+    out, _ = w.shape
+
+    def write_tile(tile: Tile, y: Array) -> Array:
+        product = _dot(rows, tile.dense.T)
+        return lax.dynamic_update_slice(y, product, (np.int32(0), tile.start))
+
+    y = _over_tiles(w, write_tile, jnp.zeros((rows.shape[0], out), jnp.float32))
+    return y.reshape(*batch, out).astype(x.dtype)
+
+
+def _forward(x: Array, w: Block) -> tuple[Array, Block]:
+    return matmul_blocks(x, w), w
+
+
+def _backward(w: Block, dy: Float[Array, "*batch out"]) -> tuple[Array, None]:
+    *batch, out = dy.shape
+    rows = dy.reshape(-1, out)
+    _, width = w.shape
+
+    def add_tile(tile: Tile, dx: Array) -> Array:
+        slab = lax.dynamic_slice_in_dim(rows, tile.start, tile.fresh.size, axis=1)
+        return dx + _dot(jnp.where(tile.fresh[None], slab, 0), tile.dense)
+
+    dx = _over_tiles(w, add_tile, jnp.zeros((rows.shape[0], width), jnp.float32))
+    return dx.reshape(*batch, width).astype(dy.dtype), None
+
+
+matmul_blocks.defvjp(_forward, _backward)
+
+
+class Tile(NamedTuple):
+    """Some consecutive rows of a weight."""
+
+    start: Array  # int32: the first row
+    fresh: Array  # bool[tile]: False for rows that the tile before held already
+    dense: Array  # float32[tile, in]
+
+
+def _over_tiles(w: Block, visit: Callable[[Tile, Array], Array], init: Array) -> Array:
+    """Fold `visit(tile, carry)` over all tiles of w."""
+    out, width = w.shape
+    size = min(out, max(1, TILE_VALUES // width))
+
+    def body(i: Array, carry: Array) -> Array:
+        # Where `size` does not divide `out` the last tile starts earlier and repeats some rows.
+        start = jnp.minimum(i * size, out - size)
+        fresh = start + np.arange(size, dtype=np.int32) >= i * size
+        packed = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), w)
+        # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
+        return visit(Tile(start, fresh, lax.optimization_barrier(packed).dequantize()), carry)
+
+    return lax.fori_loop(0, -(-out // size), body, init)
+
+
+def _dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float32[Array, "n m"]:
+    return jnp.dot(
+        a, b.astype(a.dtype), precision=precision(a.dtype), preferred_element_type=jnp.float32
+    )

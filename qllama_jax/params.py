@@ -1,0 +1,47 @@
+"""The model's weights as pytrees whose paths are the tensor names of the file.
+
+`blk.3.attn_q.weight` is `params.blk[3].attn_q.weight`. A weight matrix is a packed `Block` or a
+plain array `[out, in]`; norms, biases and router weights are plain float32. The one leaf that is
+not in the file is `rope`, a few hundred bytes derived at load.
+"""
+
+from __future__ import annotations
+
+from flax import struct
+
+from qllama_jax.quants import Leaf
+from qllama_jax.rope import RopeFrequencies
+
+
+@struct.dataclass
+class Linear:
+    """x @ weight.T + bias, weight `[out, in]`; also the scale of a norm, weight `[D]`."""
+
+    weight: Leaf
+    bias: Leaf = None
+
+
+@struct.dataclass
+class DenseBlock:
+    """One transformer block with a SwiGLU feed-forward layer."""
+
+    attn_norm: Linear
+    attn_q: Linear
+    attn_k: Linear
+    attn_v: Linear
+    attn_output: Linear
+    ffn_norm: Linear
+    ffn_gate: Linear
+    ffn_up: Linear
+    ffn_down: Linear
+
+
+@struct.dataclass
+class Params:
+    """All weights. `output` is None where the file ties it to `token_embd`, which is kept once."""
+
+    token_embd: Linear
+    blk: tuple[DenseBlock, ...]
+    output_norm: Linear
+    output: Linear | None
+    rope: RopeFrequencies

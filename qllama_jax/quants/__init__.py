@@ -1,0 +1,27 @@
+"""What each ggml format means: its block struct, its formula, and the exact `dequantize`."""
+
+from qllama_jax.quants.block import FORMATS, Block, Leaf, take
+from qllama_jax.quants.floats import BF16, F16, F32
+from qllama_jax.quants.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K
+from qllama_jax.quants.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+
+__all__ = [
+    "BF16",
+    "F16",
+    "F32",
+    "FORMATS",
+    "Q2_K",
+    "Q3_K",
+    "Q4_0",
+    "Q4_1",
+    "Q4_K",
+    "Q5_0",
+    "Q5_1",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+    "Q8_K",
+    "Block",
+    "Leaf",
+    "take",
+]

@@ -1,0 +1,113 @@
+"""What a packed weight is: a pytree of the fields of a ggml block struct; the registry of formats.
+
+A GGUF row of K values is K / block_size blocks. The struct of one block is declared once, as a
+numpy dtype, so `raw.view(layout)` is the parser; the fields then live on the device as arrays
+`[*out, nb, *field]`, `nb` blocks along the contracted axis. Because every leaf begins with
+`*out`, gathering rows, slicing, stacking and vmapping need no code of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+from flax import struct
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from jaxtyping import Array, Float32, UInt8
+
+# A pytree node must accept whatever a tree.map puts in place of an array (shapes, specs, None),
+# so the fields of a struct are not type-checked; their dtypes and shapes stand in `layout`.
+Leaf = Any
+
+FORMATS: dict[GGMLQuantizationType, type[Block]] = {}
+
+
+class Block:
+    """A weight in ggml blocks; logical shape `[*out, nb * block_size]`, values `dequantize()`."""
+
+    qtype: ClassVar[GGMLQuantizationType]
+    block_size: ClassVar[int]  # values a block
+    layout: ClassVar[np.dtype]  # the block struct, byte for byte
+
+    @classmethod
+    def from_bytes(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:
+        """View rows of raw GGUF bytes as blocks: numpy fields, each in memory of its own."""
+        blocks = raw.view(cls.layout)
+        return cls(**{name: np.ascontiguousarray(blocks[name]) for name in cls.layout.names or ()})
+
+    def to_bytes(self) -> UInt8[np.ndarray, "*out bytes"]:
+        """Return the rows as GGUF stores them; the inverse of `from_bytes`."""
+        first = np.asarray(self._leaves[0])
+        blocks = np.empty(first.shape[: self._leading], self.layout)
+        for name, leaf in zip(self.layout.names or (), self._leaves, strict=True):
+            blocks[name] = np.asarray(leaf)
+        return blocks.view(np.uint8).reshape(*blocks.shape[:-1], -1)
+
+    def dequantize(self) -> Float32[Array, "*out in"]:
+        """Return the values, bit-equal to ggml's dequantize_row of this type."""
+        raise NotImplementedError
+
+    @property
+    def _leaves(self) -> list[Leaf]:
+        return [getattr(self, name) for name in self.layout.names or ()]
+
+    @property
+    def _leading(self) -> int:
+        """Number of axes before the fields' own: those of `*out`, and `nb`."""
+        name = (self.layout.names or ())[0]
+        return len(self._leaves[0].shape) - self.layout[name].ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape `(*out, in)`, derived from the arrays."""
+        *out, nb = self._leaves[0].shape[: self._leading]
+        return (*out, nb * self.block_size)
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays: those of the file."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self._leaves)
+
+    def __repr__(self) -> str:
+        try:
+            return f"{type(self).__name__}(shape={self.shape}, nbytes={self.nbytes})"
+        except (AttributeError, TypeError):  # leaves that are no arrays: inside tree.map
+            return f"{type(self).__name__}({', '.join(map(repr, self._leaves))})"
+
+
+BlockType = TypeVar("BlockType", bound=type[Block])
+
+
+@dataclass_transform(frozen_default=True)
+def block_format(
+    qtype: GGMLQuantizationType, fields: list[tuple[Any, ...]]
+) -> Callable[[BlockType], BlockType]:
+    """Register a Block class as the format of `qtype`, with its struct as numpy dtype fields.
+
+    The struct's size is held against ggml's own table, as ggml's static_assert does.
+    """
+    layout = np.dtype(fields)
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    assert layout.itemsize == type_size, (qtype.name, layout.itemsize, type_size)
+
+    def register(cls: BlockType) -> BlockType:
+        cls.qtype, cls.block_size, cls.layout = qtype, block_size, layout
+        cls = struct.dataclass(cls, repr=False)  # type: ignore[assignment]
+        assert [f.name for f in dataclasses.fields(cls)] == list(layout.names or ())
+        FORMATS[qtype] = cls
+        return cls
+
+    return register
+
+
+def take(w: Block | Array, rows: Any) -> Block | Array:
+    """Gather rows of a packed or plain weight; `take(w, i).dequantize() = w.dequantize()[i]`."""
+    return jax.tree.map(lambda leaf: leaf[rows], w)

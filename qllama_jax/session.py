@@ -1,0 +1,231 @@
+"""A generation driven from the host, in dispatches of a fraction of a second.
+
+That keeps Ctrl-C working and lets text stream; the tokens do not depend on how the work is cut.
+Shapes come in powers of two, so a process compiles at most one prefill a prompt size and one
+decode loop a cache size, and the work of a step follows the positions that are filled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qllama_jax import decoding
+from qllama_jax.cache import KVCache, init_cache, resize_cache
+from qllama_jax.decoding import DecodeState, Finish, row_keys
+from qllama_jax.errors import ContextOverflowError, NumericalError
+from qllama_jax.load import Model
+from qllama_jax.matmul import Activations, check_activations
+from qllama_jax.sampling import PENALTY_WINDOW, Sampling, check_sampling
+
+SMALLEST_PROMPT = 8  # the smallest padded prompt
+PREFILL_CHUNK = 2048  # the largest; a longer prompt goes in several
+SMALLEST_CACHE = 128  # positions that decoding starts with
+MAX_STEPS = 64  # steps of one dispatch at the most
+DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
+
+# Caches and states belong to one session alone, so they are donated and updated in place.
+_prefill = jax.jit(
+    decoding.prefill, static_argnames=("config", "activations"), donate_argnames="cache"
+)
+_start = jax.jit(decoding.start, donate_argnames="cache")
+_decode = jax.jit(
+    decoding.decode_many,
+    static_argnames=("config", "max_steps", "activations"),
+    donate_argnames="state",
+)
+_resize = jax.jit(resize_cache, static_argnames="max_length")
+
+
+@dataclass
+class Stats:
+    """What a generation took, all rows together; seconds include what had to be compiled."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Prompt tokens a second; the time includes choosing each row's first token."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Decoding steps a second: the tokens a second of one row that goes on to the end."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Event(NamedTuple):
+    """A row's next token; `finish` is RUNNING but for its last one."""
+
+    row: int
+    token: int
+    logprob: float
+    finish: Finish
+
+
+class Session:
+    """One generation: prompts `[B]` of token ids -> events, in the order of computation."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: list[np.ndarray],
+        *,
+        max_new_tokens: int,
+        seed: int,
+        stop_tokens: frozenset[int],
+        sampling: Sampling,
+        activations: Activations,
+    ) -> None:
+        """Check everything that can be checked before work begins; the errors of `generate`."""
+        check_activations(activations)
+        check_sampling(sampling)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+        longest = max(len(prompt) for prompt in prompts)
+        context = model.config.context_length
+        if longest + max_new_tokens > context:
+            room = max(context - longest, 0)
+            raise ContextOverflowError(
+                f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}: the model's context"
+                f" is {context} tokens; after this prompt there is room for {room}"
+            )
+        self.model = model
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.keys = row_keys(jax.random.key(seed), len(prompts))
+        self.stop_tokens = np.asarray(sorted(stop_tokens), np.int32)
+        self.sampling = sampling.per_row(len(prompts))
+        self.activations: Activations = activations
+        self.stats = Stats(prompt_tokens=sum(map(len, prompts)))
+        self._stopped: set[int] = set()
+
+    def stop(self, row: int) -> None:
+        """Generate no more tokens of a row."""
+        self._stopped.add(row)
+
+    def run(self) -> Iterator[Event]:
+        """Yield every token as soon as its dispatch is done.
+
+        Raises:
+            NumericalError: a row's logits are not finite; it names the row and the token.
+        """
+        began = time.perf_counter()
+        logits, cache = self._prefill()
+        state, logprob = _start(
+            logits, cache, self._recent(), self.keys, self.sampling, self.stop_tokens
+        )
+        chosen, before = np.asarray(state.token)[:, None], np.zeros(len(self.prompts), np.int32)
+        logprobs = np.asarray(logprob)[:, None]
+        self.stats.prefill_seconds = time.perf_counter() - began
+        filled, done, steps = max(map(len, self.prompts)), 1, 1
+        while True:
+            finish, after = np.asarray(state.finish), np.asarray(state.generated)
+            yield from self._events(chosen, logprobs, before, after, finish)
+            running = (finish == Finish.RUNNING) & ~np.isin(
+                np.arange(len(finish)), list(self._stopped)
+            )
+            if done == self.max_new_tokens or not running.any():
+                return
+            began = time.perf_counter()
+            state = self._with_room(state, filled)
+            if self._stopped:
+                state = state.replace(finish=jnp.where(running, finish, int(Finish.STOP)))
+            room = state.cache.max_length - filled
+            limit = min(steps, room, self.max_new_tokens - done)
+            state, tokens, logprobs, ran = _decode(
+                self.model.params,
+                state,
+                self.sampling,
+                self.stop_tokens,
+                np.int32(limit),
+                config=self.model.config,
+                max_steps=MAX_STEPS,
+                activations=self.activations,
+            )
+            count = int(ran)
+            chosen, logprobs, before = np.asarray(tokens), np.asarray(logprobs), after
+            filled, done = filled + count, done + count
+            seconds = time.perf_counter() - began
+            self.stats.decode_seconds += seconds
+            self.stats.decode_steps += count
+            # Steer slowly upwards: the first dispatch of a shape is all compilation.
+            steps = int(np.clip(DISPATCH_SECONDS * count / seconds, 1, min(4 * count, MAX_STEPS)))
+
+    def _prefill(self) -> tuple[jax.Array, KVCache]:
+        """Run the prompts, the first tokens of all rows first; pad in numpy, which compiles nothing."""
+        lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
+        longest = int(lengths.max())
+        width = min(_power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
+        room = _power_of_two(longest, SMALLEST_PROMPT)
+        cache = init_cache(self.model.config, len(self.prompts), room)
+        logits = None
+        for begin in range(0, longest, width):
+            counts = np.clip(lengths - begin, 0, width).astype(np.int32)
+            tokens = np.zeros((len(self.prompts), width), np.int32)
+            for row, prompt in enumerate(self.prompts):
+                tokens[row, : counts[row]] = prompt[begin : begin + width]
+            new, cache = _prefill(
+                self.model.params,
+                tokens,
+                counts,
+                cache,
+                config=self.model.config,
+                activations=self.activations,
+            )
+            new.block_until_ready()  # one chunk a dispatch: Ctrl-C need not wait for the rest
+            logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+        assert logits is not None
+        return logits, cache
+
+    def _recent(self) -> np.ndarray:
+        recent = np.full((len(self.prompts), PENALTY_WINDOW), -1, np.int32)
+        for row, prompt in enumerate(self.prompts):
+            tail = prompt[-PENALTY_WINDOW:]
+            recent[row, PENALTY_WINDOW - len(tail) :] = tail
+        return recent
+
+    def _with_room(self, state: DecodeState, filled: int) -> DecodeState:
+        size = _power_of_two(filled + 1, SMALLEST_CACHE)
+        if state.cache.max_length >= size:
+            return state
+        return state.replace(cache=_resize(state.cache, max_length=size))
+
+    def _events(
+        self,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        before: np.ndarray,
+        after: np.ndarray,
+        finish: np.ndarray,
+    ) -> Iterator[Event]:
+        """Yield the tokens of one dispatch step by step; the first after[b] - before[b] of row b."""
+        for row in np.flatnonzero(finish == Finish.ERROR):
+            raise NumericalError(
+                f"row {row}: the logits for generated token {after[row]} are not finite: a weight or"
+                " an activation is NaN or infinite"
+            )
+        for step in range(tokens.shape[1]):
+            for row in np.flatnonzero(before + step < after):
+                if row in self._stopped:
+                    continue
+                self.stats.generated_tokens += 1
+                last = before[row] + step + 1 == after[row]
+                code = Finish(int(finish[row])) if last else Finish.RUNNING
+                if code == Finish.RUNNING and after[row] == self.max_new_tokens and last:
+                    code = Finish.LENGTH
+                yield Event(int(row), int(tokens[row, step]), float(logprobs[row, step]), code)
+
+
+def _power_of_two(size: int, smallest: int) -> int:
+    return max(smallest, 1 << (size - 1).bit_length())

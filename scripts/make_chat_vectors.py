@@ -1,0 +1,124 @@
+"""Write tests/data/chat_vectors.json.gz: what transformers renders from chat templates.
+
+    pip install transformers==5.23.0
+    python scripts/make_chat_vectors.py TEMPLATES
+
+TEMPLATES is the folder with llama.cpp's *.jinja: vendor/llama.cpp/models/templates in the source
+distribution of llama-cpp-python (the committed file: 0.3.36).
+
+The file holds, as JSON, `conversations`, a list of messages and other variables, and `renderings`:
+template name -> for each conversation the SHA-256 of the text, or null where an error came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import (  # pyright: ignore[reportMissingImports]
+    render_jinja_template,
+)
+
+#: Given to each rendering, so that none depends on the day.
+FIXED = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "date_string": "24 Nov 2026",
+    "datetime": "Nov 24 2026",
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get <b>weather</b> & more",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "City"},
+                "n": {"type": "integer", "enum": [1, 2]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+CALL = {
+    "id": "call_1abcde",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"city": "Paris", "n": 1}},
+}
+
+
+def said(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Messages of a user and an assistant in turn, behind one of the system."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for i, content in enumerate(contents):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": content})
+    return messages
+
+
+def conversations() -> list[dict[str, Any]]:
+    """Messages, and the variables that come with them."""
+    answer = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {
+        "role": "tool",
+        "tool_call_id": "call_1abcde",
+        "name": "get_weather",
+        "content": '{"t": 20}',
+    }
+    odd = "what's <x> & 'y' \n\n \U0001f642 \u4e2d\u6587?"
+    return [
+        {"messages": said("hi")},
+        {"messages": said("hi", system="You are terse.")},
+        {"messages": said("hi", "hello", "bye", system="You are terse.")},
+        {"messages": said("hi", "hello"), "add_generation_prompt": False},
+        {"messages": said(odd, " spaces ", "", system="You are terse.")},
+        {"messages": said("a", "<think>hm</think>\nyes", "b")},
+        {"messages": said("hi"), "tools": [TOOL]},
+        {"messages": said("hi", system="You are terse."), "tools": [TOOL]},
+        {"messages": [*said("weather?"), answer, result], "tools": [TOOL]},
+        {"messages": said("hi"), "enable_thinking": False},
+        {"messages": said("a", "x", "b", "y", "c")},
+    ]
+
+
+def rendering(source: str, conversation: dict[str, Any]) -> str | None:
+    """SHA-256 of the text."""
+    variables = {"add_generation_prompt": True, "tools": None, **FIXED, **conversation}
+    messages = variables.pop("messages")
+    try:
+        texts, _ = render_jinja_template([messages], chat_template=source, **variables)
+    except Exception:
+        return None
+    return hashlib.sha256(texts[0].encode()).hexdigest()
+
+
+def main() -> int:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description="Make the chat templates' test vectors.")
+    parser.add_argument("templates", type=Path)
+    default = Path(__file__).parent.parent / "tests" / "data" / "chat_vectors.json.gz"
+    parser.add_argument("-o", "--output", type=Path, default=default)
+    args = parser.parse_args()
+
+    document = {
+        "variables": FIXED,
+        "conversations": conversations(),
+        "renderings": {
+            path.name: [rendering(path.read_text("utf-8"), chat) for chat in conversations()]
+            for path in sorted(args.templates.glob("*.jinja"))
+        },
+    }
+    data = json.dumps(document, separators=(",", ":")).encode()
+    # mtime=0: the same content gives the same file.
+    args.output.write_bytes(gzip.compress(data, compresslevel=9, mtime=0))
+    print(f"{args.output}: {args.output.stat().st_size} bytes", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

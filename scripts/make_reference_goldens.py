@@ -1,0 +1,108 @@
+"""Write tests/goldens/reference.json: logits that llama.cpp computes for tiny float32 models.
+
+They prove the tests' own reference right, so they change only when a case is added. Needs
+llama-cpp-python besides what the tests need; all computations in it are in float32 here: the
+weights, the key-value cache, and attention without flash kernels.
+
+    python scripts/make_reference_goldens.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImports]
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import tiny
+
+GOLDENS = Path(tiny.__file__).parent / "goldens" / "reference.json"
+
+_SCALING = "llama.rope.scaling."
+_YARN = {
+    f"{_SCALING}type": "yarn",
+    f"{_SCALING}factor": 4.0,
+    f"{_SCALING}original_context_length": 128,
+}
+
+#: Options of `write_tiny_llama` for each model.
+CASES: dict[str, dict[str, Any]] = {
+    "grouped_query": {"kv_heads": 2},
+    "multi_head": {"kv_heads": 4},
+    "multi_query": {"kv_heads": 1},
+    "tied": {"tied": True},
+    "narrow_heads": {"head_dim": 32},
+    "wide_heads": {"head_dim": 128},
+    "biases": {"biases": True},
+    "rope_base": {"metadata": {"llama.rope.freq_base": 500_000.0}},
+    "rope_freqs": {"rope_freqs": True},
+    "linear": {"metadata": {f"{_SCALING}type": "linear", f"{_SCALING}factor": 4.0}},
+    "linear_by_its_old_key": {"metadata": {"llama.rope.scale_linear": 4.0}},
+    "linear_attn_factor": {
+        "metadata": {f"{_SCALING}factor": 2.0, f"{_SCALING}attn_factor": 1.25},
+    },
+    "no_scaling": {"metadata": {f"{_SCALING}type": "none", f"{_SCALING}factor": 4.0}},
+    "yarn": {"metadata": _YARN},
+    "yarn_attn_factor": {"metadata": {**_YARN, f"{_SCALING}attn_factor": 0.75}},
+    "yarn_of_context_length": {
+        "metadata": {**_YARN, f"{_SCALING}original_context_length": None},
+    },
+    "yarn_rope_freqs": {"rope_freqs": True, "metadata": _YARN},
+    "yarn_that_shrinks": {"metadata": {**_YARN, f"{_SCALING}factor": 0.5}},
+    "experts": {"experts": 4, "experts_used": 2},
+    "experts_all_used": {"experts": 3, "experts_used": 3},
+    "experts_one_used": {"experts": 8, "experts_used": 1, "kv_heads": 4},
+}
+
+TOKENS = np.random.default_rng(0).integers(3, 384, 48).tolist()
+POSITIONS = [0, 1, 17, 47]
+IDS = [0, 1, 2, 77, 150, 222, 300, 383]
+
+
+def llama_cpp_logits(path: Path) -> np.ndarray:
+    """Logits float32 [T, V] for TOKENS."""
+    model = Llama(
+        str(path),
+        n_ctx=64,
+        n_threads=1,
+        logits_all=True,
+        flash_attn=False,
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
+        verbose=False,
+    )
+    model.eval(TOKENS)
+    return model.scores[: len(TOKENS)].copy()
+
+
+def main() -> None:
+    """Compute every case and write the file."""
+    cases = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in CASES.items():
+            logits = llama_cpp_logits(tiny.write_tiny_llama(Path(folder) / "tiny.gguf", **options))
+            few = logits[np.ix_(POSITIONS, IDS)]
+            # Eight digits are more than float32 has.
+            cases[name] = {
+                "options": options,
+                "logits": [[float(f"{x:.8g}") for x in row] for row in few],
+                "largest": logits[POSITIONS].argmax(axis=1).tolist(),
+            }
+            print(f"{name:24} {few[-1, :4]}")
+    GOLDENS.parent.mkdir(exist_ok=True)
+    lines = [f'"{name}": {json.dumps(case)}' for name, case in cases.items()]  # one line a case
+    GOLDENS.write_text(
+        f'{{"tokens": {TOKENS},\n"positions": {POSITIONS},\n"ids": {IDS},\n"cases": {{\n'
+        + ",\n".join(lines)
+        + "\n}}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The rooms of the package stand on rungs, and a module imports only from lower ones."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "qllama_jax"
+
+#: Every module, or package of modules, and its rung. Decimals order the modules of one rung. A new
+#: module gets its line here.
+RUNGS = {
+    "errors": 0,
+    "metadata": 1.0,
+    "pretokenizers": 1.0,
+    "bpe": 1.1,
+    "spm": 1.1,
+    "gguf_cursor": 1.0,
+    "gguf_header": 1.1,
+    "gguf_file": 1.2,
+    "ggml_file": 1.2,
+    "config": 1.1,
+    "rope": 1.2,
+    "chat_template": 1.0,
+    "sampling": 1.0,
+    "quants": 1.0,
+    "tokenizer": 2.0,
+    "matmul": 2.0,
+    "params": 2.0,
+    "cache": 2.0,
+    "sharding": 3.0,
+    "hub": 3.0,
+    "layers": 3.0,
+    "load": 4.0,
+    "moe": 4.0,
+    "model": 5.0,
+    "generate": 6.0,
+    "score": 6.0,
+    "bench": 7.0,
+    "chat": 7.0,
+    "compilation_cache": 7.0,
+    "info": 7.0,
+    "cli": 7.1,
+    "__init__": 8.0,
+    "__main__": 9.0,
+}
+
+#: Rooms for files and text: they work where no jax is installed.
+WITHOUT_JAX = {
+    "errors",
+    "metadata",
+    "pretokenizers",
+    "bpe",
+    "spm",
+    "gguf_cursor",
+    "gguf_header",
+    "gguf_file",
+    "ggml_file",
+    "chat_template",
+    "tokenizer",
+}
+
+EMPTY_NAMES = {"utils", "util", "helpers", "common", "base", "misc"}
+DANGEROUS_MODULES = {"pickle", "marshal", "shelve", "subprocess", "socket"}
+DANGEROUS_CALLS = {"eval", "exec", "__import__"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+
+def room(path: Path) -> str:
+    """Name in RUNGS of the module at a path: its own, or its package's."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Dotted names of all modules that a module imports, wherever in it; "from a import b": a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of the package that a module imports, its own left out."""
+    rooms = set()
+    for name in imports(ast.parse(path.read_text())):
+        top, *rest = name.split(".")
+        if top == "qllama_jax":
+            # "from qllama_jax import generate" may mean the package's function of that name.
+            rooms.add(rest[0] if rest and rest[0] in RUNGS else "__init__")
+    return rooms - {room(path)}
+
+
+def test_every_module_has_a_rung():
+    unknown = {room(path) for path in MODULES} - RUNGS.keys()
+    assert not unknown, f"not in RUNGS of {Path(__file__).name}: {sorted(unknown)}"
+
+
+@each_module
+def test_imports_go_down(path):
+    own = RUNGS[room(path)]
+    up = {other: RUNGS[other] for other in rooms_imported(path) if RUNGS[other] >= own}
+    assert not up, f"{room(path)} on rung {own} imports {up}"
+
+
+def test_model_does_not_know_where_weights_come_from():
+    found = {r for path in MODULES if room(path) == "model" for r in rooms_imported(path)}
+    assert not found & {"load", "gguf_file", "ggml_file", "hub"}
+
+
+@each_module
+def test_file_and_text_rooms_import_no_jax(path):
+    if room(path) in WITHOUT_JAX:
+        tops = {name.split(".")[0] for name in imports(ast.parse(path.read_text()))}
+        assert not tops & {"jax", "jaxlib", "flax"}
+        assert rooms_imported(path) <= WITHOUT_JAX
+
+
+@each_module
+def test_names_say_what_is_inside(path):
+    assert not EMPTY_NAMES & set(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+@each_module
+def test_nothing_runs_code_or_opens_sockets(path):
+    tree = ast.parse(path.read_text())
+    modules = {name.split(".")[0] for name in imports(tree)}
+    calls = {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    attributes = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    assert not modules & DANGEROUS_MODULES
+    assert not calls & DANGEROUS_CALLS
+    assert "os.system" not in attributes

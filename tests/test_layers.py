@@ -1,0 +1,156 @@
+"""The layers equal their formulas in float64, and masks and head groups are the literal ones."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qllama_jax import layers
+from qllama_jax.layers import attention, linear, rms_norm, swiglu
+from qllama_jax.params import DenseBlock, Linear
+
+FLOAT32 = 2e-6  # relative to the largest value: sums of a few hundred float32 products
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(found: jax.Array, wanted: np.ndarray, tolerance: float = FLOAT32) -> None:
+    assert found.shape == wanted.shape
+    error = np.abs(np.asarray(found, np.float64) - wanted).max() / np.abs(wanted).max()
+    assert error <= tolerance
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.5])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_rms_norm_is_its_formula(eps: float, size: float):
+    x, weight = size * normal(2, 3, 48), normal(48)
+    wide = x.astype(np.float64)
+    wanted = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight
+    assert_close(rms_norm(jnp.asarray(x), jnp.asarray(weight), eps), wanted)
+
+
+def test_rms_norm_of_bfloat16_sums_in_float32_and_returns_bfloat16():
+    x = jnp.asarray(1 + normal(1, 4096) / 8).astype(jnp.bfloat16)
+    weight = normal(4096)
+    found = rms_norm(x, jnp.asarray(weight), 1e-5)
+    assert found.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float64)
+    wanted = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-5) * weight
+    error = np.abs(np.asarray(found, np.float64) - wanted) / np.abs(wanted)
+    assert error.max() <= 2.0**-8  # one rounding to 8 bits, and no other
+
+
+def test_linear_is_its_formula_with_and_without_bias():
+    x, weight, bias = normal(2, 3, 32), normal(7, 32), normal(7)
+    wanted = x.astype(np.float64) @ weight.T.astype(np.float64)
+    jx, jw = jnp.asarray(x), jnp.asarray(weight)
+    assert_close(linear(jx, Linear(weight=jw), "float"), wanted)
+    assert_close(linear(jx, Linear(weight=jw, bias=jnp.asarray(bias)), "float"), wanted + bias)
+
+
+def block_of(gate: np.ndarray, up: np.ndarray, down: np.ndarray, biases: list) -> DenseBlock:
+    unused = Linear(weight=jnp.zeros(()))
+    names = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
+    given = {
+        name: Linear(weight=jnp.asarray(w), bias=None if b is None else jnp.asarray(b))
+        for name, w, b in zip(
+            ("ffn_gate", "ffn_up", "ffn_down"), (gate, up, down), biases, strict=True
+        )
+    }
+    return DenseBlock(**dict.fromkeys(names, unused), **given)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu_is_its_formula(biased: bool):
+    D, F = 32, 48
+    x, gate, up, down = normal(2, 3, D), normal(F, D), normal(F, D, seed=1), normal(D, F)
+    biases = [normal(F), normal(F, seed=1), normal(D)] if biased else [None] * 3
+    wide = x.astype(np.float64)
+    a = wide @ gate.T + (biases[0] if biased else 0)
+    b = wide @ up.T + (biases[1] if biased else 0)
+    wanted = (a / (1 + np.exp(-a)) * b) @ down.T + (biases[2] if biased else 0)
+    assert_close(swiglu(jnp.asarray(x), block_of(gate, up, down, biases), "float"), wanted)
+
+
+def attention64(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Attention in float64, one query head of one query at a time."""
+    B, T, N, H = q.shape
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        head, last = n * k.shape[1] // N, positions[b, t] + 1
+        scores = k[b, head, :last].astype(np.float64) @ q[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = v[b, head, :, :last] @ (weights / weights.sum())
+    return out
+
+
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (6, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+def test_attention_is_its_formula(N: int, K: int):
+    q, k, v = 3 * normal(2, 5, N, 8), normal(2, K, 11, 8), normal(2, K, 8, 11)
+    positions = np.asarray([[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]], np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions)))
+    assert_close(found, attention64(q, k, v, positions))
+
+
+def test_attention_does_not_depend_on_the_size_of_a_common_score():
+    q, k, v = normal(1, 3, 2, 8), normal(1, 2, 5, 8), normal(1, 2, 8, 5)
+    q[..., 0], k[..., 0] = 1e3, 100.0  # scores near 35,000, beyond exp's range
+    positions = np.asarray([[2, 3, 4]], np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions)))
+    # float32 scores of this size have steps of 2^-8
+    assert_close(found, attention64(q, k, v, positions), 2e-2)
+
+
+def test_the_mask_is_the_literal_lower_triangle_from_each_rows_position():
+    # Equal scores and values that are unit vectors: the output is the row of the mask, over its sum.
+    S = 6
+    q, k = jnp.zeros((2, 3, 1, S)), jnp.zeros((2, 1, S, S))
+    v = jnp.broadcast_to(jnp.eye(S)[None, None], (2, 1, S, S))
+    positions = jnp.asarray([[0, 1, 2], [3, 4, 5]], jnp.int32)
+    seen = np.asarray(attention(q, k, v, positions))[:, :, 0] > 0
+    assert seen.astype(int).tolist() == [
+        [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]],
+        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]],
+    ]
+
+
+def test_what_is_masked_has_no_weight_at_all():
+    q, k, v = normal(1, 1, 2, 8), normal(1, 1, 4, 8), normal(1, 1, 8, 4)
+    huge_k, huge_v = k.copy(), v.copy()
+    huge_k[:, :, 2:], huge_v[..., 2:] = 1e18, 1e18
+    positions = jnp.asarray([[1]], jnp.int32)
+    found = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), positions)
+    other = attention(jnp.asarray(q), jnp.asarray(huge_k), jnp.asarray(huge_v), positions)
+    np.testing.assert_array_equal(found, other)
+
+
+def test_query_heads_read_the_key_value_head_of_their_group():
+    N, K, H = 12, 3, 4
+    v = jnp.broadcast_to(jnp.arange(K, dtype=jnp.float32)[None, :, None, None], (1, K, H, 2))
+    q, k = jnp.asarray(normal(1, 1, N, H)), jnp.asarray(normal(1, K, 2, H))
+    found = np.asarray(attention(q, k, v, jnp.asarray([[1]], jnp.int32)))[0, 0, :, 0]
+    np.testing.assert_allclose(found, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], atol=1e-6)
+
+
+def test_a_long_prompt_in_chunks_equals_the_formula_and_all_queries_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    T, S = 512, 520
+    q, k, v = normal(2, T, 2, 4), normal(2, 1, S, 4), normal(2, 1, 4, S)
+    positions = np.stack([np.arange(T), np.arange(T) + 8]).astype(np.int32)
+    arguments = tuple(map(jnp.asarray, (q, k, v, positions)))
+    assert T == 2 * layers.QUERY_CHUNK
+    chunked = jax.jit(lambda *a: attention(*a)).lower(*arguments).compile()
+    monkeypatch.setattr(layers, "QUERY_CHUNK", T)
+    at_once = jax.jit(lambda *a: attention(*a)).lower(*arguments).compile()
+    found = chunked(*arguments)
+    assert_close(found, attention64(q, k, v, positions))
+    assert_close(found, np.asarray(at_once(*arguments), np.float64), 1e-6)
+    sizes = [f.memory_analysis().temp_size_in_bytes for f in (chunked, at_once)]
+    assert sizes[0] <= 0.6 * sizes[1]  # the scores of half of the queries, not of all
