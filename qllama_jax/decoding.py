@@ -3,8 +3,8 @@
 They nest in jit, vmap and scan. The parameters of sampling, the stop tokens and the number of steps
 are traced, so changing them compiles nothing again.
 
-The token drawn for position p of a row uses the key fold_in(row_key, p). It depends on nothing else,
-so a text comes out the same in one call, in many, resumed, alone or in a batch.
+The token drawn for position p of a row uses the key fold_in(row_key, p) and nothing else, so a
+text comes out the same in one call, in many, resumed, alone or in a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float32, Int32, Key, Shaped
 
 from qllama_jax.cache import KVCache, init_cache
 from qllama_jax.config import ModelConfig
@@ -41,8 +41,8 @@ class Finish(enum.IntEnum):
 class DecodeState:
     """What a decoding step needs of those before it.
 
-    `token[b]` was chosen for position `cache.lengths[b]` and is not in the cache yet; `recent` holds
-    the last tokens before and with it, -1 where there are fewer; `finish` a `Finish` a row; and
+    `token[b]` was chosen for position `cache.lengths[b]` and is not in the cache yet; `recent`
+    holds the last tokens before and with it, -1 where there are fewer; `finish` a `Finish` a row; and
     `generated` counts the tokens chosen so far.
     """
 
@@ -91,7 +91,7 @@ def start(
     logits: Float32[Array, "B V"],
     cache: KVCache,
     recent: Int32[Array, "B W"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     sampling: Sampling,
     stop_tokens: Int32[Array, " K"],
 ) -> tuple[DecodeState, Float32[Array, " B"]]:
@@ -121,8 +121,8 @@ def decode_many(
 ) -> tuple[DecodeState, Int32[Array, "B N"], Float32[Array, "B N"], Int32[Array, ""]]:
     """Run up to `steps` (traced, at most N = max_steps) steps; stop when every row has stopped.
 
-    Returns the state, each step's tokens (0 for rows that had stopped before or failed in it), their
-    log-probabilities, and the number of steps that ran.
+    Returns the state, each step's tokens (0 for rows that had stopped before or failed in it),
+    their log-probabilities, and the number of steps that ran.
     """
     B = state.token.shape[0]
     tokens = jnp.zeros((B, max_steps), jnp.int32)
@@ -187,7 +187,7 @@ def _choose(
     return state, jnp.where(running & ~failed, logprob, 0)
 
 
-def row_keys(key: Shaped[Array, "..."], batch_size: int) -> PRNGKeyArray:
+def row_keys(key: Shaped[Array, ...], batch_size: int) -> Key[Array, " B"]:
     """Return a key a row: `key` itself where it is `[B]`, else fold_in(key, row)."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's
@@ -212,7 +212,7 @@ def generate_tokens(
     params: Params,
     prompt: Int32[Array, "B T"],
     prompt_lengths: Int32[Array, " B"],
-    key: Shaped[Array, "..."],
+    key: Shaped[Array, ...],
     *,
     config: ModelConfig,
     sampling: Sampling,

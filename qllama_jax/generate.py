@@ -25,7 +25,7 @@ class Result:
 
     text: what the tokens say; control tokens, and a stop string with all after it, are left out.
     tokens: every token that was generated, the one that ended it included.
-    logprobs: the log-probability of each token under the unmodified logits, float32 `[len(tokens)]`.
+    logprobs: each token's log-probability under the unmodified logits, float32 `[len(tokens)]`.
     finish_reason: "stop" (a stop token or string) or "length".
     stats: of the whole call, all rows together.
     """

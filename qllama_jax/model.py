@@ -259,5 +259,5 @@ def _check_shapes(
             f" {len(cache.k)} of {cache.k[0].shape}"
         )
     # Rows padded beyond the cache's end are fine where their lengths say that the rest fits.
-    if lengths is None and T > cache.max_length:
+    if lengths is None and cache.max_length < T:
         raise ValueError(f"{T} tokens a row do not fit a cache of {cache.max_length} positions")

@@ -108,7 +108,7 @@ def rotate(
     GGUF files of the llama architecture hold q and k permuted for this interleaved order; rotating
     the halves of a head instead, as Hugging Face's Llama does, would silently give other text.
     """
-    *lead, H = x.shape
+    *lead, _ = x.shape
     pairs = cos.shape[-1]
     paired = x[..., : 2 * pairs].reshape(*lead, pairs, 2)
     even, odd = paired[..., 0], paired[..., 1]

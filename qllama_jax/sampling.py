@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from qllama_jax.quants import Leaf
 
@@ -74,7 +74,7 @@ def check_sampling(sampling: Sampling) -> None:
 
 def sample(
     logits: Float32[Array, "B V"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     sampling: Sampling,
     recent: Int32[Array, "B W"],
 ) -> Int32[Array, " B"]:

@@ -163,7 +163,7 @@ class Session:
             steps = int(np.clip(DISPATCH_SECONDS * count / seconds, 1, min(4 * count, MAX_STEPS)))
 
     def _prefill(self) -> tuple[jax.Array, KVCache]:
-        """Run the prompts, the first tokens of all rows first; pad in numpy, which compiles nothing."""
+        """Run the prompts a chunk at a time; they are padded in numpy, which compiles nothing."""
         lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
         longest = int(lengths.max())
         width = min(_power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
@@ -209,11 +209,11 @@ class Session:
         after: np.ndarray,
         finish: np.ndarray,
     ) -> Iterator[Event]:
-        """Yield the tokens of one dispatch step by step; the first after[b] - before[b] of row b."""
+        """Yield the tokens of one dispatch by step; row b has after[b] - before[b] of them."""
         for row in np.flatnonzero(finish == Finish.ERROR):
             raise NumericalError(
-                f"row {row}: the logits for generated token {after[row]} are not finite: a weight or"
-                " an activation is NaN or infinite"
+                f"row {row}: the logits for generated token {after[row]} are not finite: a weight"
+                " or an activation is NaN or infinite"
             )
         for step in range(tokens.shape[1]):
             for row in np.flatnonzero(before + step < after):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -149,5 +147,3 @@ def test_write_under_vmap_equals_row_by_row(axis: int):
 
     result = jax.vmap(one)(buffer, new, start, count)
     np.testing.assert_array_equal(result, written(buffer, new, start, count, axis))
-
-

@@ -12,6 +12,9 @@ import pytest
 from gguf import GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gguf_bytes import (
     TinyGGUF,
     assert_same_metadata,
@@ -21,9 +24,6 @@ from gguf_bytes import (
     typed_array,
     typed_u32,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from qllama_jax import gguf_cursor, gguf_file, gguf_header
 from qllama_jax.errors import GGUFError
 from qllama_jax.gguf_file import read_gguf

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFWriter
+
 from gguf_bytes import (
     TinyGGUF,
     assert_same_tensors,
@@ -23,7 +24,6 @@ from gguf_bytes import (
     u32,
     u64,
 )
-
 from qllama_jax import gguf_cursor, gguf_header
 from qllama_jax.errors import GGUFError
 from qllama_jax.gguf_file import read_gguf

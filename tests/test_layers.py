@@ -76,9 +76,7 @@ def test_swiglu_is_its_formula(biased: bool):
     assert_close(swiglu(jnp.asarray(x), block_of(gate, up, down, biases), "float"), wanted)
 
 
-def attention64(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray
-) -> np.ndarray:
+def attention64(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Attention in float64, one query head of one query at a time."""
     B, T, N, H = q.shape
     out = np.zeros(q.shape)

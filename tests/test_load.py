@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QType
-from gguf_bytes import read_with_gguf_py
 
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, dequantize, random_blocks
+from gguf_bytes import read_with_gguf_py
 from qllama_jax.quants import Block
 
 FORMATS = (
@@ -55,7 +55,10 @@ def edited(
     drop: str | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a copy of a file with other keys, without a tensor, or with other (float32) tensors."""
+    """Write a copy of a file with other keys, without a tensor, or with other (float32) tensors.
+
+    A key whose value is None is left out.
+    """
     reader = read_with_gguf_py(base)
     changed = dict(keys or {})
     architecture = changed.pop("general.architecture", "llama")
@@ -65,7 +68,8 @@ def edited(
             continue
         value = changed.pop(key, field.contents())
         sub_type = field.types[-1] if len(field.types) > 1 else None
-        writer.add_key_value(key, value, field.types[0], sub_type)
+        if value is not None:
+            writer.add_key_value(key, value, field.types[0], sub_type)
     assert not changed
     new = dict(tensors or {})
     for tensor in reader.tensors:
@@ -229,10 +233,11 @@ def test_a_model_shows_sizes_and_not_weights(tiny_llama: TinyLlama):
     assert len(shown) < 500
 
 
-def test_a_file_without_a_vocabulary_has_no_tokenizer(tiny_llama: TinyLlama):
-    base = {"tokenizer": None, "vocab": 100}
+def test_a_file_without_a_vocabulary_has_no_tokenizer(tiny_llama: TinyLlama, tmp_path: Path):
+    base = tiny_llama("Q8_0", tokenizer=None, vocab=100)
     for name in ("none", "no_vocab", None):
-        model = ql.load(tiny_llama("Q8_0", **base, metadata={"tokenizer.ggml.model": name}))
+        keys = {"tokenizer.ggml.model": name}
+        model = ql.load(edited(base, tmp_path / f"{name}.gguf", keys=keys))
         assert not model.has_tokenizer, name
         assert model.config.vocab_size == 100
         with pytest.raises(ql.GGUFError, match=r"tokenizer\.ggml\.model"):
@@ -332,7 +337,9 @@ def test_a_weight_or_scale_that_is_not_finite_is_refused_unless_checks_are_off(
     assert raw.tobytes() == tensors_of(path)[name].data.tobytes()
 
 
-@pytest.mark.parametrize("name", ["output_norm.weight", "blk.1.ffn_norm.weight", "blk.0.attn_q.bias"])
+@pytest.mark.parametrize(
+    "name", ["output_norm.weight", "blk.1.ffn_norm.weight", "blk.0.attn_q.bias"]
+)
 def test_a_vector_that_is_not_finite_is_refused_unless_checks_are_off(
     tiny_llama: TinyLlama, tmp_path: Path, name: str
 ):
@@ -367,9 +374,7 @@ def test_a_frequency_factor_of_0_or_below_is_refused(
 
 
 @pytest.mark.parametrize("qtype", ["IQ4_NL", "TQ2_0", "IQ1_M"])
-def test_an_unsupported_type_is_refused_with_the_supported_ones(
-    tiny_llama: TinyLlama, qtype: str
-):
+def test_an_unsupported_type_is_refused_with_the_supported_ones(tiny_llama: TinyLlama, qtype: str):
     path = tiny_llama({"*": "Q8_0", DOWN: qtype})
     message = refused(path)
     assert message.startswith(f"tensor {DOWN!r}: type {qtype} is not supported; supported are ")
