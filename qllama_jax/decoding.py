@@ -42,7 +42,7 @@ class DecodeState:
     """What a decoding step needs of those before it.
 
     `token[b]` was chosen for position `cache.lengths[b]` and is not in the cache yet; `recent`
-    holds the last tokens before and with it, -1 where there are fewer; `finish` a `Finish` a row; and
+    holds the last tokens before and with it, -1 where there are fewer; `finish` a `Finish` a row;
     `generated` counts the tokens chosen so far.
     """
 
@@ -182,7 +182,7 @@ def _choose(
         token=token,
         recent=jnp.where(running[:, None], recent, state.recent),
         finish=finish,
-        generated=state.generated + (running & ~failed),
+        generated=state.generated + (running & ~failed).astype(jnp.int32),
     )
     return state, jnp.where(running & ~failed, logprob, 0)
 

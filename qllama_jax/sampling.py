@@ -42,7 +42,7 @@ class Sampling:
     def per_row(self, batch_size: int) -> Sampling:
         """Return the same with every field an array `[B]`: float32, top_k int32."""
 
-        def row(value: float | Array, dtype: type) -> Array:
+        def row(value: Leaf, dtype: type) -> Array:
             return jnp.broadcast_to(jnp.asarray(value, dtype), (batch_size,))
 
         return Sampling(

@@ -12,9 +12,9 @@ The file holds, as JSON:
     vocabularies    name -> ids, by text, with special tokens read as text ("plain"); where reading
                     them as tokens changes that, by index ("special"); by index also with BOS and
                     EOS as the file wants them ("added"); the ids that end a generation ("eog");
-                    and SHA-256 digests of all token pieces, each after its length, with special
-                    tokens shown and hidden ("pieces")
-    pretokenizers   name -> plain ids of the first 150 texts, for llama-bpe's vocabulary with
+                    and SHA-256 digests of the pieces of some 10,000 tokens, each after its
+                    length, with special tokens shown and hidden ("pieces")
+    pretokenizers   name -> plain ids of the first 300 texts, for gpt-2's vocabulary with
                     another `tokenizer.ggml.pre`
     ties            a small SentencePiece vocabulary with many equal scores: its tokens, types and
                     scores, 300 texts, and their ids without BOS
@@ -41,7 +41,7 @@ import gguf
 import llama_cpp  # pyright: ignore[reportMissingImports]
 
 COUNT = 1000
-PRETOKENIZER_TEXTS = 150
+PRETOKENIZER_TEXTS = 300
 FULL = ("smollm2", "llama-spm", "llama-bpe")
 # Name -> how many texts: these vocabularies have .inp/.out vectors too, without special tokens.
 OTHERS: dict[str, int] = dict.fromkeys(
@@ -193,11 +193,17 @@ def make_texts() -> list[str]:
     return chosen
 
 
+def sample(size: int) -> list[int]:
+    """About 10,000 ids of a vocabulary, and all near its ends, where special tokens are."""
+    step = 1 + size // 10_000
+    return sorted({*range(0, size, step), *range(300), *range(size - 300, size)})
+
+
 def pieces_digest(vocab: Any, special: bool) -> str:
-    """SHA-256 of every token's piece, each after its length in 4 bytes, little-endian."""
+    """SHA-256 of tokens' pieces, each after its length in 4 bytes, little-endian."""
     digest = hashlib.sha256()
     buffer = ctypes.create_string_buffer(4096)
-    for token in range(llama_cpp.llama_vocab_n_tokens(vocab)):
+    for token in sample(llama_cpp.llama_vocab_n_tokens(vocab)):
         n = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, special)
         digest.update(n.to_bytes(4, "little") + buffer.raw[:n])
     return digest.hexdigest()
@@ -278,7 +284,7 @@ def main() -> int:
     }
     pretokenizers = {}
     for name in PRETOKENIZERS:
-        model = load(paths["llama-bpe"], pre=name)
+        model = load(paths["gpt-2"], pre=name)
         pretokenizers[name] = [
             model.tokenize(text.encode(), add_bos=False, special=False)
             for text in texts[:PRETOKENIZER_TEXTS]

@@ -42,10 +42,12 @@ EXHAUSTIONS = {
     "long_text": "{{ 'x' * 1000000000 }}",
     "long_list": "{{ [1] * 1000000000 }}",
     "text_doubled_by_plus": (
-        "{% set ns = namespace(s='x') %}" + _SIXTY_TIMES + "{% set ns.s = ns.s + ns.s %}{% endfor %}"
+        "{% set ns = namespace(s='x') %}" + _SIXTY_TIMES
+        + "{% set ns.s = ns.s + ns.s %}{% endfor %}"
     ),
     "text_doubled_by_tilde": (
-        "{% set ns = namespace(s='x') %}" + _SIXTY_TIMES + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+        "{% set ns = namespace(s='x') %}" + _SIXTY_TIMES
+        + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
     ),
     "text_doubled_in_a_set_block": (
         "{% set ns = namespace(s='x') %}" + _SIXTY_TIMES

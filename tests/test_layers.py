@@ -106,7 +106,7 @@ def test_attention_does_not_depend_on_the_size_of_a_common_score():
 
 
 def test_the_mask_is_the_literal_lower_triangle_from_each_rows_position():
-    # Equal scores and values that are unit vectors: the output is the row of the mask, over its sum.
+    # Equal scores, values that are unit vectors: the output is the row of the mask, over its sum.
     S = 6
     q, k = jnp.zeros((2, 3, 1, S)), jnp.zeros((2, 1, S, S))
     v = jnp.broadcast_to(jnp.eye(S)[None, None], (2, 1, S, S))

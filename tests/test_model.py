@@ -172,7 +172,9 @@ def test_every_row_of_a_batch_equals_the_reference(small: Small):
 # Prefill, decode, rows and padding
 
 
-@pytest.mark.parametrize("split", [(1,) * 8, (4, 4), (1, 4, 1, 1, 1), (4, 1, 1, 1, 1), (1, 1, 4, 1, 1)])
+@pytest.mark.parametrize(
+    "split", [(1,) * 8, (4, 4), (1, 4, 1, 1, 1), (4, 1, 1, 1, 1), (1, 1, 4, 1, 1)]
+)
 def test_any_split_into_calls_equals_one_call(small: Small, split: tuple[int, ...]):
     assert sum(split) == T
     cache, parts, at = small.cache(), [], 0
@@ -333,7 +335,9 @@ def test_captures_add_up_along_the_residual_stream(small: Small):
         np.testing.assert_array_equal(x[block + "out"], out)
     np.testing.assert_array_equal(x["blk.0.out"], x["blk.1.in"])
     np.testing.assert_array_equal(x["blk.1.out"], hidden)
-    np.testing.assert_array_equal(x["blk.0.in"], module.embed(small.params, jnp.asarray(small.tokens)))
+    np.testing.assert_array_equal(
+        x["blk.0.in"], module.embed(small.params, jnp.asarray(small.tokens))
+    )
 
 
 def test_a_capture_is_the_activation_after_its_tap(small: Small):
@@ -384,7 +388,9 @@ def test_a_vector_added_at_any_site_acts_as_in_the_reference(small: Small):
 
 def test_an_unknown_site_is_refused(small: Small):
     for name in ("blk.2.out", "blk.0.nothing", "output"):
-        with pytest.raises(ValueError, match=f"no site '{name}'; there are blk.0 to blk.1 with in, "):
+        with pytest.raises(
+            ValueError, match=f"no site '{name}'; there are blk.0 to blk.1 with in, "
+        ):
             hidden_of(small, capture=["blk.0.out", name])
 
 
@@ -499,9 +505,7 @@ def test_vmap_over_rows_equals_the_batch(small: Small):
     lengths = np.asarray([8, 3, 5], np.int32)
 
     def one(row: jax.Array, length: jax.Array, cache: ql.KVCache) -> tuple[jax.Array, ql.KVCache]:
-        return ql.forward(
-            small.params, row[None], cache, config=small.config, lengths=length[None]
-        )
+        return ql.forward(small.params, row[None], cache, config=small.config, lengths=length[None])
 
     caches = jax.tree.map(lambda x: jnp.stack([x] * B), small.cache(1))
     logits, caches = jax.vmap(one)(jnp.asarray(small.tokens), jnp.asarray(lengths), caches)
@@ -539,9 +543,7 @@ def assert_only_row_is_poisoned(
     assert lengths[others].tolist() == wanted[others].tolist()
     for new, old in zip((*cache.k, *cache.v), (*before.k, *before.v), strict=True):
         np.testing.assert_array_equal(new[row], old[row])
-    for new, other in zip(
-        (*cache.k, *cache.v), (*healthy[1].k, *healthy[1].v), strict=True
-    ):
+    for new, other in zip((*cache.k, *cache.v), (*healthy[1].k, *healthy[1].v), strict=True):
         np.testing.assert_array_equal(np.asarray(new)[others], np.asarray(other)[others])
 
 
@@ -633,13 +635,15 @@ def test_shapes_that_do_not_fit_are_refused(small: Small):
         forward(tokens, small.cache(room=7))
     with pytest.raises(ValueError, match="neither tokens nor inputs_embeds"):
         hidden_of(small, tokens=None)
-    with pytest.raises(ValueError, match=r"inputs_embeds of shape \(3, 8, 63\), wanted \(3, 8, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"inputs_embeds of shape \(3, 8, 63\), wanted \(3, 8, 64\)"
+    ):
         hidden_of(small, inputs_embeds=jnp.zeros((B, T, D - 1)))
-    with pytest.raises(ValueError, match="activations='int4'"):
-        ql.forward(small.params, tokens, small.cache(), config=small.config, activations="int4")  # type: ignore[arg-type]
     cache = small.cache()
     for k in (cache.k[:1], (*cache.k, cache.k[0]), tuple(x[:, :1] for x in cache.k)):
-        with pytest.raises(ValueError, match=r"need a cache of 2 layers of \(3, 2, 32, 16\), found"):
+        with pytest.raises(
+            ValueError, match=r"need a cache of 2 layers of \(3, 2, 32, 16\), found"
+        ):
             forward(tokens, cache.replace(k=k))
 
 

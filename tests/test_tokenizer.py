@@ -1,4 +1,4 @@
-"""Token ids, pieces and the end-of-generation set are llama.cpp's; decoding is exact, in pieces too.
+"""Token ids, pieces and the end-of-generation set are llama.cpp's; decoding is exact.
 
 The expected ids come from scripts/make_tokenizer_vectors.py.
 """
@@ -30,7 +30,7 @@ VECTORS = json.loads(
 )
 TEXTS = VECTORS["texts"]
 VOCABULARIES = VECTORS["vocabularies"]
-# llama.cpp shows a text in these that is no tokenizer model of Llama's.
+# Vocabularies of llama.cpp's that no Llama uses: name -> tokenizer model.
 OTHER_MODELS = {"bert-bge": "bert", "gemma-4": "gemma4", "nomic-bert-moe": "t5"}
 INP_OUT = (
     *("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm"),
@@ -128,9 +128,9 @@ def test_bos_and_eos_are_where_llama_cpp_puts_them(name, tokenizer_of):
 @pytest.mark.parametrize("name", INP_OUT)
 def test_llama_cpp_own_vectors(name, path_of, tokenizer_of):
     path = path_of(name)
-    texts = path.with_name(path.name + ".inp").read_text("utf-8", newline="")
-    expected = path.with_name(path.name + ".out").read_text("utf-8").splitlines()
+    texts = path.with_name(path.name + ".inp").read_bytes().decode()
     texts = texts.split("\n__ggml_vocab_test__\n")
+    expected = path.with_name(path.name + ".out").read_bytes().decode().split("\n")
     assert len(texts) == len(expected) >= 47
     encode = functools.partial(tokenizer_of(name).encode, add_bos=False, parse_special=False)
     assert [encode(text) for text in texts] == [[*map(int, ids.split())] for ids in expected]
@@ -143,18 +143,18 @@ def test_other_tokenizer_models_are_refused_by_name(name, path_of):
 
 
 @pytest.fixture(scope="session")
-def llama_bpe_metadata(path_of) -> dict:
-    """Metadata of llama-bpe with only the merges of its first 20,000 tokens, to be quick to build."""
-    return dict(read_gguf(path_of("llama-bpe")).metadata)
+def gpt2_metadata(path_of) -> dict:
+    """Metadata of gpt-2, with which llama.cpp was made to use other pre-tokenizers."""
+    return dict(read_gguf(path_of("gpt-2")).metadata)
 
 
 @pytest.mark.parametrize("name", VECTORS["pretokenizers"])
-def test_pre_tokenizers_split_as_llama_cpp(name, llama_bpe_metadata):
-    tokenizer = Tokenizer.from_metadata({**llama_bpe_metadata, f"{GGML}pre": name})
+def test_pre_tokenizers_split_as_llama_cpp(name, gpt2_metadata):
+    tokenizer = Tokenizer.from_metadata({**gpt2_metadata, f"{GGML}pre": name})
     encode = functools.partial(tokenizer.encode, add_bos=False, parse_special=False)
     ids = VECTORS["pretokenizers"][name]
-    assert len(ids) == 150
-    assert [encode(text) for text in TEXTS[:150]] == ids
+    assert len(ids) == 300
+    assert [encode(text) for text in TEXTS[:300]] == ids
 
 
 def test_every_pre_tokenizer_is_like_a_tested_one():
@@ -162,10 +162,10 @@ def test_every_pre_tokenizer_is_like_a_tested_one():
     assert {pre.patterns for pre in PRETOKENIZERS.values()} <= tested
 
 
-def test_missing_pre_means_default(llama_bpe_metadata):
-    without = {key: v for key, v in llama_bpe_metadata.items() if key != f"{GGML}pre"}
+def test_missing_pre_means_default(gpt2_metadata):
+    without = {key: v for key, v in gpt2_metadata.items() if key != f"{GGML}pre"}
     tokenizer = Tokenizer.from_metadata(without)
-    ids = [tokenizer.encode(text, add_bos=False, parse_special=False) for text in TEXTS[:150]]
+    ids = [tokenizer.encode(text, add_bos=False, parse_special=False) for text in TEXTS[:300]]
     assert ids == VECTORS["pretokenizers"]["default"]
 
 
@@ -245,21 +245,23 @@ def test_threads_with_different_parse_special_get_their_ids(smollm2):
 
 
 @pytest.mark.parametrize("name", ["llama-spm", "smollm2", "llama-bpe"])
-def test_a_million_equal_characters_give_the_ids_of_their_parts(name, tokenizer_of):
-    # Every long run ends up in the longest token of the character, so it can be counted.
+@pytest.mark.parametrize("character", "a \n中")
+def test_long_runs_of_one_character_come_back(name, character, tokenizer_of):
     tokenizer = tokenizer_of(name)
-    ids = tokenizer.encode("a" * 1_000_000, add_bos=False)
-    assert b"".join(map(tokenizer.token_bytes, ids)).strip() == b"a" * 1_000_000
+    ids = tokenizer.encode(character * 4_000, add_bos=False)
+    assert tokenizer.decode(ids) == character * 4_000
 
 
 # Decoding
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_pieces_of_all_tokens_equal_llama_cpp(name, tokenizer_of):
+def test_pieces_of_tokens_equal_llama_cpp(name, tokenizer_of):
     tokenizer = tokenizer_of(name)
     shown, plain = hashlib.sha256(), hashlib.sha256()
-    for token in range(tokenizer.vocab_size):
+    size = tokenizer.vocab_size
+    step = 1 + size // 10_000
+    for token in sorted({*range(0, size, step), *range(300), *range(size - 300, size)}):
         piece = tokenizer.token_bytes(token)
         hidden = b"" if tokenizer.is_hidden(token) else piece
         shown.update(len(piece).to_bytes(4, "little") + piece)
@@ -342,7 +344,7 @@ def test_streaming_never_cuts_a_character(name, tokenizer_of):
 
 def test_cut_emoji_flushes_one_replacement_character(spm):
     ids = spm.encode("x🙂", add_bos=False)
-    assert len(ids) == 6  # ▁ x and four bytes, or ▁x: see the next line
+    assert len(ids) == 5  # ▁x and four bytes
     decoder = spm.stream_decoder()
     assert "".join(decoder.step(token) for token in ids[:-1]) == "x"
     assert decoder.flush() == "\ufffd"
@@ -415,7 +417,7 @@ def test_bos_and_eos_that_are_missing_are_refused():
         ({"token_type": np.ones(7, np.int32)}, "7 values, wanted one for each of 265 tokens"),
         ({"token_type": np.zeros(265, np.int32)}, "the type 0 for token 0, wanted types 1..6"),
         ({"token_type": np.full(265, 7, np.int32)}, "the type 7 for token 0"),
-        ({"token_type": np.full(265, 6, np.int32)}, "the byte token '<unk>' at 0"),
+        ({"token_type": np.full(265, 6, np.int32)}, "the type 6 for token 0, '<unk>'"),
         ({"tokens": ["a"] * 265}, "the token 'a' twice, at 0 and 264"),
         ({"bos_token_id": 265}, "the int 265, wanted an integer in 0..264"),
         ({"eos_token_id": 2**32 - 1}, "wanted an integer in 0..264"),
@@ -425,13 +427,11 @@ def test_bos_and_eos_that_are_missing_are_refused():
     ],
 )
 def test_broken_vocabulary_names_the_key(changes, message):
-    (key,) = changes
     with pytest.raises(GGUFError) as caught:
         Tokenizer.from_metadata(spm_metadata(**changes))
     assert message in str(caught.value)
-    assert "tokenizer.ggml." in str(caught.value)
-    if key != "tokens" or changes[key] is None:
-        assert key in str(caught.value)
+    (key,) = changes
+    assert f"'tokenizer.ggml.{key}'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_smollm2_chat_prompt_ids(smollm2):
     ids = smollm2.encode(smollm2.apply_chat_template([{"role": "user", "content": "Hello!"}]))
     start, end = smollm2.encode("<|im_start|><|im_end|>")
     assert (ids.count(start), ids.count(end)) == (3, 2)
-    assert ids[-3:] == [start, *smollm2.encode("assistant\n")]
+    assert ids[-4:] == [start, *smollm2.encode("assistant\n")]
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

@@ -99,24 +99,24 @@ class ScoredBPE:
         end = list(range(1, n + 1))
         previous = list(range(-1, n - 1))
         queue: list[tuple[float, int, int, int]] = []
-
-        def propose(left: int, right: int) -> None:
-            token = self._ids.get(piece[left : end[right]])
-            if token is not None:
-                heapq.heappush(queue, (-self._scores[token], left, right, end[right]))
-
-        for right in range(1, n):
-            propose(right - 1, right)
-        while queue:
+        neighbours = [(right - 1, right) for right in range(1, n)]
+        while neighbours or queue:
+            for left, right in neighbours:
+                token = self._ids.get(piece[left : end[right]])
+                if token is not None:
+                    heapq.heappush(queue, (-self._scores[token], left, right, end[right]))
+            neighbours = []
+            if not queue:
+                break
             _, left, right, stop = heapq.heappop(queue)
             if end[left] != right or end[right] != stop:
                 continue  # one of the two has merged since
             end[left], end[right] = stop, 0
             if stop < n:
                 previous[stop] = left
-                propose(left, stop)
+                neighbours.append((left, stop))
             if left > 0:
-                propose(previous[left], left)
+                neighbours.append((previous[left], left))
         ids: list[int] = []
         start = 0
         while start < n:

@@ -166,7 +166,9 @@ class Tokenizer:
         return text.removeprefix(bos) if self.add_bos else text
 
     def _shown_bytes(self, token: SupportsIndex) -> bytes:
-        return b"" if self.is_hidden(token) else self.token_bytes(token)
+        index = self._checked(token)
+        hidden = self._vocabulary.types[index] in HIDDEN_TYPES
+        return b"" if hidden else self._vocabulary.token_bytes(index)
 
     def _checked(self, token: SupportsIndex) -> int:
         if isinstance(token, bool) or not hasattr(token, "__index__"):

@@ -137,8 +137,8 @@ def _types(metadata: Metadata, tokens: list[str]) -> list[TokenType]:
     types: list[TokenType] = [kinds[value] for value in values.tolist()]  # pyright: ignore
     for i in np.flatnonzero(values == TokenType.BYTE):
         if not _is_byte(tokens[i]):
-            found = f"the byte token {quoted(tokens[i])} at {i}"
-            raise metadata.error("tokenizer.ggml.tokens", found, "byte tokens like <0x0A>")
+            found = f"the type 6 for token {i}, {quoted(tokens[i])}"
+            raise metadata.error(key, found, "it for texts like <0x0A> alone")
     return types
 
 

@@ -1,0 +1,356 @@
+"""The same tokens come out streamed, at once, resumed, alone or in a batch; traces are few."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qllama_jax as ql
+from qllama_jax import decoding, session
+from qllama_jax.params import Linear
+from reference import Reference
+
+PROMPTS = [[5, 17, 300, 42, 9], [7], [11, 12, 13, 250, 251, 252, 253, 254, 100, 101, 102, 3, 8]]
+SAMPLED = {
+    "temperature": 1.3,
+    "top_k": 50,
+    "top_p": 0.95,
+    "min_p": 0.01,
+    "repeat_penalty": 1.2,
+}
+
+
+@pytest.fixture(scope="module")
+def path(tiny_llama):
+    return tiny_llama("Q4_0", context_length=4096)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return ql.load(path)
+
+
+@pytest.fixture(scope="module")
+def generate_tokens():
+    return jax.jit(ql.generate_tokens, static_argnames=("config", "max_new_tokens", "activations"))
+
+
+def padded(prompts, width=16, filler=0):
+    tokens = np.full((len(prompts), width), filler, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)
+
+
+def run(generate_tokens, model, prompts, n, *, key=None, stop=(), filler=0, cache=None, **fields):
+    tokens, lengths = padded(prompts, filler=filler)
+    return generate_tokens(
+        model.params,
+        tokens,
+        lengths,
+        jax.random.key(0) if key is None else key,
+        config=model.config,
+        sampling=ql.Sampling(**fields),
+        max_new_tokens=n,
+        stop_tokens=np.asarray(stop, np.int32),
+        cache=cache,
+    )
+
+
+def test_greedy_tokens_are_the_float64_references(model, path):
+    reference = Reference(path)
+    results = ql.generate(model, PROMPTS, max_new_tokens=24, ignore_eos=True)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert result.tokens == reference.greedy(prompt, 24)
+
+
+def test_logprobs_are_the_references_of_the_unmodified_logits(model, path):
+    result = ql.generate(model, PROMPTS[2], max_new_tokens=8, ignore_eos=True, **SAMPLED)
+    logits = Reference(path).logits(PROMPTS[2] + result.tokens)[len(PROMPTS[2]) - 1 : -1]
+    chosen = logits[np.arange(8), result.tokens]
+    expected = chosen - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+    expected -= logits.max(-1)
+    np.testing.assert_allclose(result.logprobs, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_streamed_equals_one_shot_equals_the_pure_function(model, generate_tokens, fields):
+    for prompt in PROMPTS:
+        whole = ql.generate(model, prompt, max_new_tokens=20, ignore_eos=True, **fields)
+        pieces = list(ql.stream(model, prompt, max_new_tokens=20, ignore_eos=True, **fields))
+        assert [piece.token for piece in pieces] == whole.tokens
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert [piece.finish_reason for piece in pieces] == [None] * 19 + ["length"]
+        pure = run(generate_tokens, model, [prompt], 20, **fields)
+        assert pure.tokens[0].tolist() == whole.tokens
+        assert int(pure.finish[0]) == ql.Finish.LENGTH
+
+
+@pytest.mark.parametrize("fields", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_of_a_batch_is_that_row_alone_with_its_key(model, generate_tokens, fields):
+    keys = jax.random.split(jax.random.key(7), len(PROMPTS))
+    batch = run(generate_tokens, model, PROMPTS, 12, key=keys, filler=383, **fields)
+    for row, prompt in enumerate(PROMPTS):
+        alone = run(generate_tokens, model, [prompt], 12, key=keys[row : row + 1], **fields)
+        assert batch.tokens[row].tolist() == alone.tokens[0].tolist()
+    assert len({tuple(row) for row in batch.tokens.tolist()}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("fields", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_resumed_equals_one_shot(model, generate_tokens, fields):
+    keys = decoding.row_keys(jax.random.key(3), 1)
+    whole = run(generate_tokens, model, PROMPTS[:1], 12, key=keys, **fields)
+    cache = ql.init_cache(model.config, 1, 64)
+    fields = fields and {**fields, "repeat_penalty": 1.0}
+    whole = run(generate_tokens, model, PROMPTS[:1], 12, key=keys, **fields)
+    first = run(generate_tokens, model, PROMPTS[:1], 5, key=keys, cache=cache, **fields)
+    assert int(first.cache.lengths[0]) == len(PROMPTS[0]) + 4
+    last = first.tokens[0, -1:].tolist()
+    second = run(generate_tokens, model, [last], 7, key=keys, cache=first.cache, **fields)
+    assert first.tokens[0].tolist() + second.tokens[0].tolist() == whole.tokens[0].tolist()
+
+
+def test_rows_stop_at_their_stop_token_and_the_loop_with_the_last_of_them(model, generate_tokens):
+    free = run(generate_tokens, model, PROMPTS, 12)
+    stop = [int(free.tokens[0, 3]), int(free.tokens[1, 5])]
+    out = run(generate_tokens, model, PROMPTS[:2], 12, stop=stop)
+    for row in range(2):
+        expected = free.tokens[row].tolist()
+        end = min(expected.index(token) for token in stop if token in expected) + 1
+        assert int(out.lengths[row]) == end
+        assert out.tokens[row].tolist() == expected[:end] + [0] * (12 - end)
+        assert int(out.finish[row]) == ql.Finish.STOP
+        assert out.logprobs[row, end:].tolist() == [0.0] * (12 - end)
+        # Nothing is stored for a row that has stopped.
+        assert int(out.cache.lengths[row]) == len(PROMPTS[row]) + end - 1
+
+
+def test_decoding_ends_early_when_every_row_has_stopped(model):
+    tokens, lengths = padded(PROMPTS[:1])
+    cache = ql.init_cache(model.config, 1, 64)
+    logits, cache = ql.prefill(model.params, tokens, lengths, cache, config=model.config)
+    state, _ = decoding.start(
+        logits,
+        cache,
+        decoding.recent_tokens(jnp.asarray(tokens), jnp.asarray(lengths)),
+        decoding.row_keys(jax.random.key(0), 1),
+        ql.Sampling(),
+        jnp.zeros((0,), jnp.int32),
+    )
+    every = np.arange(model.config.vocab_size, dtype=np.int32)
+    arguments = (model.params, state, ql.Sampling(), every, 9)
+    *_, ran = ql.decode_many(*arguments, config=model.config, max_steps=9)
+    assert int(ran) == 1
+
+
+def test_sampling_parameters_and_steps_compile_nothing_again(model):
+    for temperature, top_k in ((0.0, 0), (0.5, 3), (1, 40)):
+        ql.generate(model, PROMPTS[0], max_new_tokens=9, temperature=temperature, top_k=top_k)
+    sizes = session._prefill._cache_size(), session._decode._cache_size()
+    ql.generate(model, PROMPTS[0], max_new_tokens=17, seed=5, temperature=2, top_p=0.5, min_p=0.2)
+    assert (session._prefill._cache_size(), session._decode._cache_size()) == sizes
+
+
+@pytest.mark.slow
+def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a_cache(
+    tiny_llama, monkeypatch
+):
+    model = ql.load(tiny_llama("F32", layers=1, context_length=4096, embed=32, ffn=64, vocab=384))
+    traces = {"prefill": [], "decode": []}
+
+    def prefill(params, tokens, lengths, cache, **static):
+        traces["prefill"].append(tokens.shape)
+        return decoding.prefill(params, tokens, lengths, cache, **static)
+
+    def decode(params, state, *arguments, **static):
+        traces["decode"].append(state.cache.max_length)
+        return decoding.decode_many(params, state, *arguments, **static)
+
+    static = ("config", "max_steps", "activations")
+    monkeypatch.setattr(
+        session, "_prefill", jax.jit(prefill, static_argnames=("config", "activations"))
+    )
+    monkeypatch.setattr(session, "_decode", jax.jit(decode, static_argnames=static))
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([[1, 2048], rng.integers(1, 2049, 198)])
+    for length in lengths:
+        ql.generate(model, rng.integers(0, 384, length), max_new_tokens=3, ignore_eos=True)
+    assert len(traces["prefill"]) <= 9
+    assert len(traces["decode"]) == len(set(traces["decode"])) <= 6
+    before = sum(map(len, traces.values()))
+    for length in lengths[:40]:
+        ql.generate(model, rng.integers(0, 384, length), max_new_tokens=3, ignore_eos=True)
+    assert sum(map(len, traces.values())) == before
+
+
+def test_a_prompt_of_several_chunks_equals_one_chunk(model, monkeypatch):
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 384, n).tolist() for n in (70, 33, 64)]
+    whole = ql.generate(model, prompts, max_new_tokens=6, ignore_eos=True)
+    monkeypatch.setattr(session, "PREFILL_CHUNK", 32)
+    parts = ql.generate(model, prompts, max_new_tokens=6, ignore_eos=True)
+    assert [part.tokens for part in parts] == [result.tokens for result in whole]
+
+
+def test_tokens_do_not_depend_on_the_cut_into_dispatches_and_caches(model, monkeypatch):
+    whole = ql.generate(model, PROMPTS[0], max_new_tokens=40, ignore_eos=True)
+    monkeypatch.setattr(session, "SMALLEST_CACHE", 8)
+    monkeypatch.setattr(session, "DISPATCH_SECONDS", 1e-9)
+    parts = ql.generate(model, PROMPTS[0], max_new_tokens=40, ignore_eos=True)
+    assert parts.tokens == whole.tokens
+
+
+def test_vmap_over_temperatures_equals_single_calls(model, generate_tokens):
+    temperatures = jnp.asarray([0.0, 0.7, 1.5])
+    tokens, lengths = padded(PROMPTS[:1])
+
+    def one(temperature):
+        return ql.generate_tokens(
+            model.params,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            jax.random.key(0),
+            config=model.config,
+            sampling=ql.Sampling(temperature=temperature),
+            max_new_tokens=6,
+            stop_tokens=jnp.zeros((0,), jnp.int32),
+        ).tokens
+
+    together = jax.jit(jax.vmap(one))(temperatures)
+    for temperature, row in zip(temperatures, together, strict=True):
+        alone = run(generate_tokens, model, PROMPTS[:1], 6, temperature=temperature)
+        assert row[0].tolist() == alone.tokens[0].tolist()
+
+
+def test_generation_nests_in_scan(model, generate_tokens):
+    tokens, lengths = padded(PROMPTS[:1])
+
+    def step(carry, key):
+        out = ql.generate_tokens(
+            model.params,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            key,
+            config=model.config,
+            sampling=ql.Sampling(temperature=1.0),
+            max_new_tokens=4,
+            stop_tokens=jnp.zeros((0,), jnp.int32),
+        )
+        return carry, out.tokens[0]
+
+    keys = jax.random.split(jax.random.key(1), 3)
+    _, scanned = jax.jit(lambda keys: jax.lax.scan(step, 0, keys))(keys)
+    for key, row in zip(keys, scanned, strict=True):
+        alone = run(generate_tokens, model, PROMPTS[:1], 4, key=key, temperature=1.0)
+        assert row.tolist() == alone.tokens[0].tolist()
+
+
+def test_a_bad_row_ends_in_error_and_leaves_the_others(model, generate_tokens):
+    good = run(generate_tokens, model, PROMPTS, 6)
+    bad = run(generate_tokens, model, [PROMPTS[0], [384], PROMPTS[2]], 6)
+    assert bad.finish.tolist() == [ql.Finish.LENGTH, ql.Finish.ERROR, ql.Finish.LENGTH]
+    assert bad.lengths.tolist() == [6, 0, 6]
+    for row in (0, 2):
+        assert bad.tokens[row].tolist() == good.tokens[row].tolist()
+
+
+def test_a_row_that_outgrows_a_given_cache_ends_in_error_with_the_tokens_that_fitted(
+    model, generate_tokens
+):
+    cache = ql.init_cache(model.config, 1, 32)
+    cache = cache.replace(lengths=jnp.asarray([18], jnp.int32))
+    out = run(generate_tokens, model, [PROMPTS[2]], 8, cache=cache)  # 18 + 13 + 7 > 32
+    assert int(out.finish[0]) == ql.Finish.ERROR
+    assert int(out.lengths[0]) == 2
+
+
+@pytest.mark.parametrize("where", ["token_embd", "output_norm", "ffn_norm", "attn_q"])
+def test_nan_in_a_weight_raises_with_row_and_token(model, where):
+    params, nan = model.params, np.float32(np.nan)
+    if where == "output_norm":
+        broken = params.output_norm.weight.at[3].set(nan)
+        params = params.replace(output_norm=Linear(weight=broken))
+    elif where == "token_embd":
+        packed = params.token_embd.weight
+        packed = packed.replace(d=packed.d.at[PROMPTS[0][0], 0].set(np.float16(np.nan)))
+        params = params.replace(token_embd=Linear(weight=packed))
+    else:
+        layer = getattr(params.blk[1], where)
+        weight = layer.weight
+        if where == "attn_q":
+            weight = weight.replace(d=weight.d.at[0, 0].set(np.float16(np.nan)))
+        else:
+            weight = weight.at[0].set(nan)
+        block = params.blk[1].replace(**{where: layer.replace(weight=weight)})
+        params = params.replace(blk=(params.blk[0], block))
+    broken_model = dataclasses.replace(model, params=params)
+    with pytest.raises(ql.NumericalError, match="row 0: the logits for generated token 0"):
+        ql.generate(broken_model, PROMPTS[0], max_new_tokens=4)
+
+
+def test_a_stop_string_ends_the_text_before_it_also_across_tokens(model):
+    free = ql.generate(model, "hello world", max_new_tokens=40, ignore_eos=True)
+    assert len(free.text) > 8
+    stop = free.text[4:7]
+    cut = ql.generate(model, "hello world", max_new_tokens=40, ignore_eos=True, stop=stop)
+    assert cut.text == free.text[: free.text.find(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.tokens == free.tokens[: len(cut.tokens)]
+    pieces = list(ql.stream(model, "hello world", max_new_tokens=40, ignore_eos=True, stop=stop))
+    assert "".join(piece.text for piece in pieces) == cut.text
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_stats_count_tokens(model):
+    results = ql.generate(model, PROMPTS, max_new_tokens=5, ignore_eos=True)
+    stats = results[0].stats
+    assert stats.prompt_tokens == sum(map(len, PROMPTS))
+    assert (stats.generated_tokens, stats.decode_steps) == (15, 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "message"),
+    [
+        ([1, 384], {}, ValueError, "token id 384 at index 1 is outside the vocabulary 0..383"),
+        ([-1], {}, ValueError, "token id -1 at index 0"),
+        ([2**31], {}, ValueError, "token id 2147483648"),
+        ([2**32 + 5], {}, ValueError, "token id 4294967301"),
+        ([1.0, 2.0], {}, TypeError, "float64"),
+        ([True], {}, TypeError, "bool"),
+        ([[[1]]], {}, TypeError, "shape"),
+        ([], {}, ValueError, "empty"),
+        ([[1], []], {}, ValueError, "prompt 1: no tokens"),
+        ([1] * 4096, {}, ql.ContextOverflowError, "room for 0"),
+        ([1] * 4000, {"max_new_tokens": 97}, ql.ContextOverflowError, "room for 96"),
+        ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        ([1], {"temperature": -1}, ValueError, "temperature=-1"),
+        ([1], {"top_p": 0.0}, ValueError, "top_p=0.0"),
+        ([1], {"activations": "fp4"}, ValueError, "fp4"),
+        ([1], {"warmth": 1}, TypeError, "warmth"),
+        ([1], {"stop": ""}, ValueError, "stop"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(model, prompt, options, error, message):
+    with pytest.raises(error, match=message):
+        ql.generate(model, prompt, **options)
+    with pytest.raises((error, TypeError)):
+        ql.stream(model, prompt, **options)
+
+
+def test_the_pure_function_checks_lengths_statically(model, generate_tokens):
+    with pytest.raises(ql.ContextOverflowError, match="the cache has 20"):
+        run(generate_tokens, model, [[1]], 5, cache=ql.init_cache(model.config, 1, 20))
+    with pytest.raises(ql.ContextOverflowError, match="context is 4096"):
+        run(generate_tokens, model, [[1]], 4081)
+
+
+def test_a_file_without_a_vocabulary_takes_and_gives_ids(tiny_llama):
+    model = ql.load(tiny_llama("F32", tokenizer=None, vocab=97))
+    result = ql.generate(model, [1, 2, 3], max_new_tokens=4)
+    assert (len(result.tokens), result.text) == (4, "")
+    with pytest.raises(ql.GGUFError):
+        ql.generate(model, "text")

@@ -1,0 +1,268 @@
+"""A packed weight means, bit for bit, what ggml says, and its arrays are the bytes of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as QType
+
+from blocks import dequantize, random_blocks
+from qllama_jax.quants import FORMATS, Q8_K, Block, Leaf, take
+from qllama_jax.quants.block import block_format
+
+every_format = pytest.mark.parametrize("qtype", list(FORMATS), ids=lambda qtype: qtype.name)
+
+
+def rng_of(qtype: QType) -> np.random.Generator:
+    return np.random.default_rng([7, qtype.value])
+
+
+def on_device(raw: np.ndarray, qtype: QType) -> Any:
+    """Any, because leaves and methods of the formats differ."""
+    return jax.tree.map(jnp.asarray, FORMATS[qtype].from_bytes(raw))
+
+
+def some_weight(qtype: QType, *out: int, blocks: int = 2) -> tuple[Any, np.ndarray]:
+    """A weight [*out, blocks * block_size] of finite values, and its raw bytes."""
+    shape = (*out, blocks * FORMATS[qtype].block_size)
+    raw = random_blocks(qtype, shape, rng_of(qtype))
+    return on_device(raw, qtype), raw
+
+
+def assert_same_bits(found: jax.Array, wanted: np.ndarray) -> None:
+    """Equal float32 bits, so that -0 is not 0; one NaN is as good as another."""
+    assert (found.dtype, wanted.dtype) == (np.float32, np.float32)
+    assert found.shape == wanted.shape
+    found_array, nan = np.asarray(found), np.isnan(wanted)
+    np.testing.assert_array_equal(np.isnan(found_array), nan)
+    np.testing.assert_array_equal(found_array.view("u4")[~nan], wanted.view("u4")[~nan])
+
+
+def oracle(raw: np.ndarray, qtype: QType) -> np.ndarray:
+    """gguf-py's dequantize, which warns of the infinities that random bytes are full of."""
+    with np.errstate(all="ignore"):
+        return dequantize(raw, qtype).astype(np.float32)
+
+
+# What the bytes mean.
+
+
+@every_format
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+def test_dequantize_is_ggufs_bit_for_bit_on_random_bytes(qtype: QType, how: Callable):
+    _, nbytes = GGML_QUANT_SIZES[qtype]
+    # Each byte of the struct takes each of its 256 values eight times, in an order of its own.
+    values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (8, nbytes))
+    raw = rng_of(qtype).permuted(values, axis=0).reshape(512, 4 * nbytes)
+    wanted = oracle(raw, qtype)
+    # Every format has a NaN or an infinity somewhere in these, and something finite.
+    assert 0 < np.isfinite(wanted).sum() < wanted.size
+    assert_same_bits(how(lambda w: w.dequantize())(on_device(raw, qtype)), wanted)
+
+
+def sixteen_bit_fields(qtype: QType) -> list[str]:
+    layout = FORMATS[qtype].layout
+    return [name for name in layout.names or () if layout[name].str in ("<f2", "<u2")]
+
+
+@pytest.mark.parametrize(
+    "qtype", [qtype for qtype in FORMATS if sixteen_bit_fields(qtype)], ids=lambda qtype: qtype.name
+)
+def test_all_65536_patterns_of_a_half_float_scale_dequantize_as_ggufs(qtype: QType):
+    rng = rng_of(qtype)
+    block = FORMATS[qtype]
+    raw = random_blocks(qtype, (2**16, block.block_size), rng, finite=False)
+    blocks = raw.view(block.layout)
+    for name in sixteen_bit_fields(qtype):
+        patterns = rng.permutation(2**16).astype("<u2")
+        blocks[name] = patterns.view(block.layout[name])[:, None]
+    jitted = jax.jit(lambda w: w.dequantize())
+    for part in np.split(raw, 8):
+        assert_same_bits(jitted(on_device(part, qtype)), oracle(part, qtype))
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+def test_q8_k_is_d_times_q_rounded_once_for_every_exponent_of_d_and_every_q(how: Callable):
+    # XLA on CPU takes subnormals for zero, in numbers that come in and in results.
+    mantissas = [0, 1, 2, 3, 0x2AAAAA, 0x3FFFFF, 0x400000, 0x400001, 0x555555, 0x7FFFFE, 0x7FFFFF]
+    powers = [1 << bit for bit in range(23)]
+    bits = [e << 23 | m for e in range(256) for m in mantissas] + powers
+    d = np.asarray([*bits, *(b | 1 << 31 for b in bits)], np.uint32).view(np.float32)
+    q = np.arange(-128, 128, dtype=np.int8)
+    w = Q8_K(
+        d=jnp.asarray(d[:, None]),
+        qs=jnp.broadcast_to(jnp.asarray(q), (d.size, 1, 256)),
+        bsums=jnp.zeros((d.size, 1, 16), jnp.int16),
+    )
+    with np.errstate(all="ignore"):
+        # At most 24 + 8 significant bits: exact in float64, and then rounded once.
+        wanted = (d[:, None].astype(np.float64) * q.astype(np.float64)).astype(np.float32)
+    magnitude = np.abs(wanted)
+    subnormal = (magnitude > 0) & (magnitude < np.finfo(np.float32).tiny)
+    assert subnormal.sum() > 5000
+    assert_same_bits(how(lambda w: w.dequantize())(w), wanted)
+
+
+def test_the_sums_of_q8_k_do_not_change_its_values():
+    w, _ = some_weight(QType.Q8_K, 3)
+    other = w.replace(bsums=w.bsums + np.int16(1))
+    assert_same_bits(other.dequantize(), np.asarray(w.dequantize()))
+
+
+# Bytes.
+
+
+@every_format
+@pytest.mark.parametrize("out", [(), (5,), (2, 3)], ids=str)
+def test_to_bytes_is_the_inverse_of_from_bytes(qtype: QType, out: tuple[int, ...]):
+    _, nbytes = GGML_QUANT_SIZES[qtype]
+    raw = rng_of(qtype).integers(0, 256, (*out, 3 * nbytes), dtype=np.uint8)
+    np.testing.assert_array_equal(FORMATS[qtype].from_bytes(raw).to_bytes(), raw)
+    np.testing.assert_array_equal(on_device(raw, qtype).to_bytes(), raw)
+
+
+@every_format
+def test_fields_do_not_share_memory_with_the_bytes_they_came_from(qtype: QType):
+    _, raw = some_weight(qtype, 4)
+    packed = FORMATS[qtype].from_bytes(raw)
+    for leaf in jax.tree.leaves(packed):
+        assert not np.shares_memory(leaf, raw)
+        assert leaf.flags.c_contiguous
+        assert leaf.flags.aligned
+
+
+@every_format
+def test_rows_that_end_within_a_block_are_refused(qtype: QType):
+    _, nbytes = GGML_QUANT_SIZES[qtype]
+    with pytest.raises(ValueError, match="divisor"):
+        FORMATS[qtype].from_bytes(np.zeros((2, 2 * nbytes - 1), np.uint8))
+
+
+@every_format
+def test_the_arrays_are_the_fields_of_the_struct_and_add_up_to_the_files_bytes(qtype: QType):
+    w, raw = some_weight(qtype, 6)
+    layout = FORMATS[qtype].layout
+    paths, _ = jax.tree_util.tree_flatten_with_path(w)
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == [
+        f".{name}" for name in layout.names or ()
+    ]
+    for (_, leaf), name in zip(paths, layout.names or (), strict=True):
+        assert leaf.shape == (6, 2, *layout[name].shape)
+        assert leaf.dtype == layout[name].base
+    assert sum(leaf.nbytes for _, leaf in paths) == raw.nbytes == w.nbytes
+
+
+# The registry.
+
+
+@every_format
+def test_the_struct_has_the_size_of_ggmls_table(qtype: QType):
+    block = FORMATS[qtype]
+    assert block.qtype == qtype
+    assert (block.block_size, block.layout.itemsize) == GGML_QUANT_SIZES[qtype]
+    assert block.__name__ == qtype.name
+
+
+def test_a_struct_of_another_size_or_with_other_fields_is_not_registered():
+    before = dict(FORMATS)
+    with pytest.raises(AssertionError, match=r"Q4_0.*17.*18"):
+        block_format(QType.Q4_0, [("d", "<f2"), ("qs", "u1", 15)])
+
+    class Swapped(Block):
+        qs: Leaf
+        d: Leaf
+
+    with pytest.raises(AssertionError):
+        block_format(QType.Q4_0, [("d", "<f2"), ("qs", "u1", 16)])(Swapped)
+    assert before == FORMATS
+
+
+# What a packed leaf says of itself.
+
+
+@every_format
+def test_shape_and_nbytes_are_true_after_slicing_stacking_and_reshaping(qtype: QType):
+    w, raw = some_weight(qtype, 6)
+    K = 2 * FORMATS[qtype].block_size
+    row = raw.shape[-1]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, w, w)
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), w, w)
+    one_block = jax.tree.map(lambda leaf: leaf[:, :1], w)
+    for packed, shape, nbytes in (
+        (w, (6, K), 6 * row),
+        (take(w, slice(1, 4)), (3, K), 3 * row),
+        (take(w, 2), (K,), row),
+        (stacked, (3, 6, K), 18 * row),
+        (joined, (12, K), 12 * row),
+        (one_block, (6, K // 2), 3 * row),
+    ):
+        assert (packed.shape, packed.ndim, packed.nbytes) == (shape, len(shape), nbytes)
+        assert packed.dequantize().shape == shape
+
+
+@every_format
+def test_shape_is_true_under_vmap_scan_and_eval_shape(qtype: QType):
+    w, _ = some_weight(qtype, 3, 4)
+    K = 2 * FORMATS[qtype].block_size
+    seen = []
+
+    def dequantized(one: Any) -> jax.Array:
+        seen.append((one.shape, one.nbytes))
+        return one.dequantize()
+
+    wanted = np.asarray(w.dequantize())
+    assert_same_bits(jax.vmap(dequantized)(w), wanted)
+    _, scanned = jax.lax.scan(lambda carry, one: (carry, dequantized(one)), 0, w)
+    assert_same_bits(scanned, wanted)
+    abstract = jax.eval_shape(lambda w: w, w)
+    assert (abstract.shape, abstract.nbytes) == ((3, 4, K), w.nbytes)
+    assert jax.eval_shape(dequantized, abstract).shape == (3, 4, K)
+    # vmap and scan see one of three; eval_shape all.
+    third = ((4, K), w.nbytes // 3)
+    assert set(seen[:-1]) == {third}
+    assert seen[-1] == ((3, 4, K), w.nbytes)
+
+
+@every_format
+def test_the_static_part_of_a_leaf_does_not_depend_on_its_sizes(qtype: QType):
+    small, large = some_weight(qtype, 1, blocks=1)[0], some_weight(qtype, 2, 3)[0]
+    assert jax.tree.structure(small) == jax.tree.structure(large)
+
+
+@every_format
+@pytest.mark.parametrize(
+    "rows",
+    [4, -1, slice(1, 5, 2), np.asarray([3, 0, 3, 5]), np.asarray([[0, 1], [5, 2]])],
+    ids=["one", "last", "slice", "repeated", "matrix"],
+)
+def test_take_then_dequantize_is_dequantize_then_take(qtype: QType, rows: Any):
+    w, _ = some_weight(qtype, 6)
+    wanted = np.asarray(w.dequantize())[rows]
+    assert_same_bits(take(w, rows).dequantize(), wanted)
+    assert_same_bits(jnp.asarray(take(w.dequantize(), rows)), wanted)
+
+
+@every_format
+def test_take_with_a_traced_index_is_dequantize_then_take(qtype: QType):
+    w, _ = some_weight(qtype, 6)
+    rows = np.asarray([5, 2, 2], np.int32)
+    found = jax.jit(lambda w, rows: take(w, rows).dequantize())(w, rows)
+    assert_same_bits(found, np.asarray(w.dequantize())[rows])
+
+
+@every_format
+def test_repr_tells_the_size_and_prints_no_array(qtype: QType):
+    w, raw = some_weight(qtype, 6)
+    K = 2 * FORMATS[qtype].block_size
+    assert repr(w) == f"{qtype.name}(shape=(6, {K}), nbytes={raw.nbytes})"
+
+
+def test_repr_of_leaves_that_are_no_arrays_shows_them():
+    w, _ = some_weight(QType.Q4_0, 2)
+    assert repr(jax.tree.map(lambda leaf: leaf.ndim, w)) == "Q4_0(2, 3)"
