@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from qllama_jax.config import ModelConfig
@@ -42,7 +45,7 @@ def init_cache(
     config: ModelConfig,
     batch_size: int = 1,
     max_length: int = 512,
-    dtype: jnp.dtype | type = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> KVCache:
     """Return an empty cache, 2 * layers * B * K * S * H numbers.
 
@@ -106,7 +109,7 @@ def _write_row(buffer: Array, new: Array, row: int, start: Array, count: Array, 
     # and shift the contents back by as much.
     at = jnp.minimum(start, S - T)
     shift = start - at
-    where = [np.int32(0)] * buffer.ndim
+    where: list[Any] = [np.int32(0)] * buffer.ndim
     where[0], where[axis] = np.int32(row), at
     old = lax.dynamic_slice(buffer, where, new.shape)
     index = lax.broadcasted_iota(jnp.int32, new.shape, axis) - shift

@@ -9,6 +9,7 @@ text comes out the same in one call, in many, resumed, alone or in a batch.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 import jax
@@ -148,7 +149,9 @@ def decode_many(
             activations=activations,
         )
         logits = unembed(pinned, hidden[:, 0], config=config, activations=activations)
-        state, logprob = _choose(state.replace(cache=cache), logits, sampling, stop_tokens)
+        state, logprob = _choose(
+            dataclasses.replace(state, cache=cache), logits, sampling, stop_tokens
+        )
         column = (np.int32(0), i)
         tokens = lax.dynamic_update_slice(tokens, state.token[:, None], column)
         logprobs = lax.dynamic_update_slice(logprobs, logprob[:, None], column)
@@ -178,7 +181,8 @@ def _choose(
     finish = jnp.where(stopped, np.int32(Finish.STOP), state.finish)
     finish = jnp.where(failed, np.int32(Finish.ERROR), finish)
     recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         token=token,
         recent=jnp.where(running[:, None], recent, state.recent),
         finish=finish,

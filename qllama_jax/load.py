@@ -119,7 +119,7 @@ class _Loader:
 
     def frequency_factors(self, pairs: int) -> np.ndarray | None:
         """What the rotary frequencies are divided by; None where the file has no such tensor."""
-        factors = self.vector("rope_freqs.weight", pairs, optional=True)
+        factors = self.optional_vector("rope_freqs.weight", pairs)
         if factors is not None and not (factors > 0).all():  # NaN is not
             raise GGUFError(
                 f"{self.file.path}: tensor 'rope_freqs.weight': found {factors.min()}, wanted"
@@ -149,7 +149,7 @@ class _Loader:
     def layer(self, name: str, shape: tuple[int, ...]) -> Linear:
         if len(shape) == 1:
             return Linear(weight=self.place(self.vector(f"{name}.weight", shape[0])))
-        bias = self.vector(f"{name}.bias", shape[0], optional=True)
+        bias = self.optional_vector(f"{name}.bias", shape[0])
         return Linear(
             weight=self.matrix(f"{name}.weight", shape),
             bias=None if bias is None else self.place(bias),
@@ -160,12 +160,13 @@ class _Loader:
         packed = self.read(name, shape)
         return jax.tree.map(self.place, packed.w if isinstance(packed, F32) else packed)
 
-    def vector(self, name: str, size: int, *, optional: bool = False) -> np.ndarray | None:
-        """A norm, bias or frequency factor, float32 `[size]` on the host; None where optional."""
-        if optional and name not in self.left:
-            return None
-        packed = self.read(name, (size,))
-        return np.asarray(jax.tree.map(self.place, packed).dequantize())
+    def optional_vector(self, name: str, size: int) -> np.ndarray | None:
+        """A bias or frequency factor as `vector`, None where the file has none."""
+        return self.vector(name, size) if name in self.left else None
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        """A norm, bias or frequency factor, float32 `[size]` on the host."""
+        return np.asarray(self.read(name, (size,)).dequantize())
 
     def read(self, name: str, shape: tuple[int, ...]) -> Any:
         """Take a tensor of the file as a Block of numpy arrays."""

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from qllama_jax.quants import Leaf
@@ -42,7 +44,7 @@ class Sampling:
     def per_row(self, batch_size: int) -> Sampling:
         """Return the same with every field an array `[B]`: float32, top_k int32."""
 
-        def row(value: Leaf, dtype: type) -> Array:
+        def row(value: Leaf, dtype: DTypeLike) -> Array:
             return jnp.broadcast_to(jnp.asarray(value, dtype), (batch_size,))
 
         return Sampling(
@@ -61,14 +63,17 @@ def check_sampling(sampling: Sampling) -> None:
     """
     wanted = {
         "temperature": ("a finite number >= 0", lambda v: np.isfinite(v) & (v >= 0)),
-        "top_k": ("an integer >= 0", lambda v: v >= 0),
+        "top_k": (
+            "an integer 0 .. 2^31 - 1",
+            lambda v: (v >= 0) & (v < 2**31) & (v == np.trunc(v)),
+        ),
         "top_p": ("0 < top_p <= 1", lambda v: (v > 0) & (v <= 1)),
         "min_p": ("0 <= min_p <= 1", lambda v: (v >= 0) & (v <= 1)),
         "repeat_penalty": ("a finite number > 0", lambda v: np.isfinite(v) & (v > 0)),
     }
     for name, (allowed, inside) in wanted.items():
         value = getattr(sampling, name)
-        if not isinstance(value, jax.core.Tracer) and not np.all(inside(np.asarray(value))):
+        if not isinstance(value, Tracer) and not np.all(inside(np.asarray(value))):
             raise ValueError(f"{name}={value}: expected {allowed}")
 
 
@@ -93,7 +98,9 @@ def sample(
         V = logits.shape[-1]
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
         warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
-        noisy = jnp.where(kept(logits, sampling), logits / warm + noise, -jnp.inf)
+        # From the largest down, so that a tiny temperature makes no two of them infinite.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / warm
+        noisy = jnp.where(kept(logits, sampling), scaled + noise, -jnp.inf)
         drawn = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, greedy)
 
@@ -127,7 +134,7 @@ def kept(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"
     )
     # p / p_max = exp(logit - logit_max), whatever the tokens that were cut before.
     top = jnp.max(logits, axis=-1, keepdims=True)
-    return keep & (jnp.exp(logits - top) >= sampling.min_p[:, None])
+    return keep & (jnp.exp(logits - top) >= jnp.minimum(sampling.min_p, 1)[:, None])
 
 
 def _kept_by_rank(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:

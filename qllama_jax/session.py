@@ -7,6 +7,7 @@ decode loop a cache size, and the work of a step follows the positions that are 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ class Session:
             began = time.perf_counter()
             state = self._with_room(state, filled)
             if self._stopped:
-                state = state.replace(finish=jnp.where(running, finish, int(Finish.STOP)))
+                state = dataclasses.replace(
+                    state, finish=jnp.where(running, finish, int(Finish.STOP))
+                )
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
             state, tokens, logprobs, ran = _decode(
@@ -199,7 +202,7 @@ class Session:
         size = _power_of_two(filled + 1, SMALLEST_CACHE)
         if state.cache.max_length >= size:
             return state
-        return state.replace(cache=_resize(state.cache, max_length=size))
+        return dataclasses.replace(state, cache=_resize(state.cache, max_length=size))
 
     def _events(
         self,

@@ -43,7 +43,7 @@ def execute(notebook: nbformat.NotebookNode, cell_seconds: int = 600) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as folder:
         # A kernel spec of our own: an installed "python3" may start another Python.
-        write_kernel_spec(Path(folder) / "python3")
+        write_kernel_spec(Path(folder) / "python3", extra_arguments=["--log-level=ERROR"])
         manager = AsyncKernelManager(
             kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[folder])
         )
@@ -55,6 +55,7 @@ def execute(notebook: nbformat.NotebookNode, cell_seconds: int = 600) -> None:
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         )
+        client.owns_km = True  # so that it shuts the kernel down
         client.execute(env=environment)
     notebook.metadata = nbformat.from_dict(METADATA)
 

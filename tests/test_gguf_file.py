@@ -170,7 +170,7 @@ def replace_same_size(path: Path) -> None:
 
 def cut_same_time(path: Path) -> None:
     status = path.stat()
-    os.truncate(path, status.st_size - 1)
+    os.truncate(path, len(TinyGGUF().header()))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 

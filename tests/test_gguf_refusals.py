@@ -361,6 +361,7 @@ GOOD: dict[str, Change] = {
     "alignment 2^20": alignment(typed_u32(2**20), 2**20),
     "name of 63 bytes": row(2, name=b"n" * 63),
     "name with umlaut and space": row(2, name="ä ▁".encode()),
+    "name with a space that does not break": row(2, name="x\N{NO-BREAK SPACE}y".encode()),
     "four dimensions": row(2, shape=(2, 1, 2, 2)),
     "no final padding": tiny_with(end=b""),
     "half the final padding": tiny_with(end=bytes(7)),

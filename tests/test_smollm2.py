@@ -33,7 +33,12 @@ TEXTS = {
     " long was it moving?\nA: From 9:40 to 13:05 are 3 hours and 25 minutes. Without the stop of 25"
     " minutes that leaves 3 hours in which the train was moving.\n",
 }
-DEMO = ""
+DEMO = (
+    ", the city of Nova Haven was a thriving metropolis, with towering skyscrapers and bustling"
+    " streets. But as the years went by, the city began to lose its original essence. The once-blue"
+    " skies of the planet Earth began to fade, and the once-blue oceans of the ocean began to fade."
+    " The once-blue"
+)
 
 
 @pytest.fixture(scope="module")

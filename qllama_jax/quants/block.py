@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Block:
     def from_bytes(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:
         """View rows of raw GGUF bytes as blocks: numpy fields, each in memory of its own."""
         blocks = raw.view(cls.layout)
-        return cls(**{name: np.ascontiguousarray(blocks[name]) for name in cls.layout.names or ()})
+        return cls(**{name: np.array(blocks[name], order="C") for name in cls.layout.names or ()})
 
     def to_bytes(self) -> UInt8[np.ndarray, "*out bytes"]:
         """Return the rows as GGUF stores them; the inverse of `from_bytes`."""
@@ -57,8 +57,7 @@ class Block:
     @property
     def _leading(self) -> int:
         """Number of axes before the fields' own: those of `*out`, and `nb`."""
-        name = (self.layout.names or ())[0]
-        return len(self._leaves[0].shape) - self.layout[name].ndim
+        return len(self._leaves[0].shape) - self.layout[0].ndim
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,7 +100,7 @@ def block_format(
     def register(cls: BlockType) -> BlockType:
         cls.qtype, cls.block_size, cls.layout = qtype, block_size, layout
         cls = struct.dataclass(cls, repr=False)  # type: ignore[assignment]
-        assert [f.name for f in dataclasses.fields(cls)] == list(layout.names or ())
+        assert [f.name for f in dataclasses.fields(cast(Any, cls))] == list(layout.names or ())
         FORMATS[qtype] = cls
         return cls
 

@@ -1,0 +1,394 @@
+"""matmul is x @ dequantize(w).T for every kind of weight, and keeps no dense copy of a packed one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from gguf import GGMLQuantizationType as QType
+
+import qllama_jax as ql
+from blocks import blocks_like, dequantize
+from qllama_jax.matmul import register, xla
+from qllama_jax.quants import FORMATS
+
+every_format = pytest.mark.parametrize("qtype", list(FORMATS), ids=lambda qtype: qtype.name)
+PLAIN = [qtype for qtype in FORMATS if FORMATS[qtype].block_size == 1]
+PACKED = [qtype for qtype in FORMATS if qtype not in PLAIN]
+
+#: Error of a float32 sum of products over |a| |b|: four roundings of the size that products of
+#: some 1,000 terms have. The result itself is typically 1/32 of |a| |b|, so this is 8e-6 of it.
+FLOAT32 = 2.0**-22
+
+#: 256 rows a tile: four tiles, the last of which starts 24 rows early.
+OUT, IN = 1000, 1024
+
+multiply = jax.jit(ql.matmul, static_argnames="activations")
+
+
+@functools.cache
+def weight(qtype: QType, out: int = OUT, width: int = IN, seed: int = 0) -> tuple[Any, np.ndarray]:
+    """A weight of normal values, and what it means in float64."""
+    rng = np.random.default_rng([seed, qtype.value])
+    raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), qtype, rng)
+    packed = jax.tree.map(jnp.asarray, FORMATS[qtype].from_bytes(raw))
+    return packed, dequantize(raw, qtype).astype(np.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def assert_is_product(found: jax.Array, a: np.ndarray, b: np.ndarray) -> None:
+    """Hold `found` against a @ b.T, a [*batch, n] and b [m, n], in float64."""
+    wide = a.astype(np.float64)
+    wanted = wide @ b.T
+    assert found.shape == wanted.shape
+    assert found.dtype == np.float32
+    scale = np.linalg.norm(wide, axis=-1)[..., None] * np.linalg.norm(b, axis=-1)
+    assert (np.abs(np.asarray(found, np.float64) - wanted) <= FLOAT32 * scale).all()
+
+
+def test_the_weights_of_these_tests_need_several_tiles_and_a_remainder():
+    rows = xla.TILE_VALUES // IN
+    assert 2 * rows < OUT
+    assert OUT % rows
+
+
+# The product.
+
+
+@every_format
+@pytest.mark.parametrize("batch", [(1,), (3, 11)], ids=str)
+def test_matmul_is_x_times_the_dequantized_weight(qtype: QType, batch: tuple[int, ...]):
+    packed, dense = weight(qtype)
+    x = normal(*batch, IN)
+    assert_is_product(multiply(jnp.asarray(x), packed), x, dense)
+
+
+@pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q6_K, QType.BF16], ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    ("out", "width"),
+    [(1, 256), (7, 512), (256, 1024), (257, 1024), (511, 1024), (3, 2**18), (2, 2**18 + 256)],
+)
+def test_matmul_of_every_number_of_rows_and_tiles(qtype: QType, out: int, width: int):
+    packed, dense = weight(qtype, out, width)
+    x = normal(2, width)
+    found = multiply(jnp.asarray(x), packed)
+    wanted = x.astype(np.float64) @ dense.T
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+    assert found.shape == (2, out)
+    assert (np.abs(np.asarray(found, np.float64) - wanted) <= FLOAT32 * scale).all()
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (2, 0, 3), (200,), (2, 1, 3, 2)], ids=str)
+def test_matmul_keeps_the_shape_of_the_batch(batch: tuple[int, ...]):
+    packed, dense = weight(QType.Q4_1)
+    x = normal(*batch, IN)
+    assert_is_product(multiply(jnp.asarray(x), packed), x, dense)
+    assert_is_product(multiply(jnp.asarray(x), jnp.asarray(dense.astype(np.float32))), x, dense)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_a_bfloat16_product_is_one_of_bfloat16_weights_summed_in_float32(packed: bool):
+    leaf, dense = weight(QType.Q8_0)
+    x = jnp.asarray(normal(5, IN)).astype(jnp.bfloat16)
+    w = leaf if packed else jnp.asarray(dense.astype(np.float32))
+    found = multiply(x, w)
+    assert found.dtype == jnp.bfloat16
+    rounded = np.asarray(jnp.asarray(dense.astype(np.float32)).astype(jnp.bfloat16), np.float64)
+    wide = np.asarray(x, np.float64)
+    wanted = wide @ rounded.T
+    scale = np.linalg.norm(wide, axis=-1)[:, None] * np.linalg.norm(rounded, axis=-1)
+    # The result is rounded to 8 bits and nothing else is: a sum in bfloat16 would be off by more.
+    error = np.abs(np.asarray(found, np.float64) - wanted)
+    assert (error <= 2.0**-9 * np.abs(wanted) * 1.001 + FLOAT32 * scale).all()
+
+
+# Under transformations.
+
+
+@every_format
+def test_matmul_under_vmap_is_matmul_of_each(qtype: QType):
+    first, dense = weight(qtype)
+    second, other = weight(qtype, seed=1)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    assert stacked.shape == (2, OUT, IN)
+    x = normal(2, 3, IN)
+    each = jax.jit(jax.vmap(ql.matmul))(jnp.asarray(x), stacked)
+    assert_is_product(each[0], x[0], dense)
+    assert_is_product(each[1], x[1], other)
+
+
+def test_matmul_under_vmap_over_x_alone_and_over_w_alone_is_matmul_of_each():
+    first, dense = weight(QType.Q5_K)
+    second, other = weight(QType.Q5_K, seed=1)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    x = normal(2, 3, IN)
+    over_x = jax.vmap(ql.matmul, in_axes=(0, None))(jnp.asarray(x), first)
+    assert_is_product(over_x, x, dense)
+    over_w = jax.vmap(ql.matmul, in_axes=(None, 0))(jnp.asarray(x), stacked)
+    assert_is_product(over_w[0], x, dense)
+    assert_is_product(over_w[1], x, other)
+
+
+def test_matmul_without_jit_is_the_product():
+    packed, dense = weight(QType.Q3_K)
+    x = normal(3, IN)
+    assert_is_product(ql.matmul(jnp.asarray(x), packed), x, dense)
+
+
+# Gradients.
+
+
+@every_format
+def test_the_gradient_for_x_is_g_times_the_dequantized_weight(qtype: QType):
+    packed, dense = weight(qtype)
+    x, g = normal(2, 3, IN), normal(2, 3, OUT)
+
+    @jax.jit
+    def gradient(x: jax.Array, w: Any, g: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (ql.matmul(x, w) * g).sum())(x)
+
+    assert_is_product(gradient(jnp.asarray(x), packed, jnp.asarray(g)), g, dense.T)
+
+
+def test_the_gradient_under_vmap_over_stacked_weights_is_that_of_each():
+    first, dense = weight(QType.Q4_K)
+    second, other = weight(QType.Q4_K, seed=1)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    x, g = normal(2, 3, IN), normal(2, 3, OUT)
+
+    def gradient(x: jax.Array, w: Any, g: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (ql.matmul(x, w) * g).sum())(x)
+
+    found = jax.jit(jax.vmap(gradient))(jnp.asarray(x), stacked, jnp.asarray(g))
+    assert_is_product(found[0], g[0], dense.T)
+    assert_is_product(found[1], g[1], other.T)
+
+
+def test_packed_leaves_have_no_gradient():
+    packed, _ = weight(QType.Q4_0)
+    x = jnp.asarray(normal(3, IN))
+    found = jax.grad(lambda w: ql.matmul(x, w).sum(), allow_int=True)(packed)
+    assert not np.asarray(found.d).any()
+    assert found.qs.dtype == jax.dtypes.float0
+
+
+# Memory. 8,192 rows of 1,024 values are 32 MiB in float32, a tile is 1 MiB.
+
+
+def big(qtype: QType) -> Any:
+    """Shapes of a packed weight [8192, 1024], no arrays."""
+    packed, _ = weight(qtype)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((8192, *leaf.shape[1:]), leaf.dtype), packed
+    )
+
+
+def temp_bytes(function: Callable, *shapes: Any) -> int:
+    return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@every_format
+def test_matmul_and_its_gradient_hold_a_few_tiles_and_never_the_dense_weight(qtype: QType):
+    x = jax.ShapeDtypeStruct((4, IN), jnp.float32)
+    w = big(qtype)
+    assert w.shape == (8192, IN)
+    few_tiles = 4 * 4 * xla.TILE_VALUES
+
+    def gradient(x: jax.Array, w: Any) -> jax.Array:
+        return jax.grad(lambda x: (ql.matmul(x, w) ** 2).sum())(x)
+
+    assert temp_bytes(ql.matmul, x, w) <= few_tiles
+    assert temp_bytes(gradient, x, w) <= few_tiles
+
+
+@every_format
+def test_what_the_backward_pass_keeps_is_the_packed_weight(qtype: QType):
+    x = jax.ShapeDtypeStruct((4, IN), jnp.float32)
+    w = big(qtype)
+    _, pullback = jax.eval_shape(lambda x, w: jax.vjp(lambda x: ql.matmul(x, w), x), x, w)
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "dtype")]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+    assert w.nbytes <= size <= w.nbytes + 4 * 4 * IN
+
+
+# Rounded activations.
+
+
+def relative_error(found: jax.Array, wanted: np.ndarray) -> float:
+    difference = np.asarray(found, np.float64) - wanted
+    return float(np.sqrt((difference**2).sum() / (wanted**2).sum()))
+
+
+@pytest.mark.parametrize("qtype", PACKED, ids=lambda qtype: qtype.name)
+def test_int8_loses_half_a_percent_and_int8x2_a_hundred_times_less(qtype: QType):
+    packed, dense = weight(qtype)
+    x = normal(8, IN)
+    wanted = x.astype(np.float64) @ dense.T
+    int8 = relative_error(multiply(jnp.asarray(x), packed, activations="int8"), wanted)
+    int8x2 = relative_error(multiply(jnp.asarray(x), packed, activations="int8x2"), wanted)
+    # The largest of 32 normal values is 2.1: steps of 1/60, an error of 1/60 / sqrt(12) = 0.0048.
+    assert 0.004 <= int8 <= 0.006
+    # 254 times finer; what is computed in float32 all the way is below 1e-6.
+    assert 1.2e-5 <= int8x2 <= 3e-5
+    assert int8x2 <= int8 / 100
+
+
+def groups_of_known_integers(
+    *batch: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x = d (q + r / 254 + noise), and d, q, r: groups of 32 of which one value is ±127 d."""
+    rng = np.random.default_rng(seed)
+    shape = (*batch, IN // 32, 32)
+    d = 2.0 ** rng.integers(-6, 7, (*batch, IN // 32, 1)) * rng.integers(
+        8, 16, (*batch, IN // 32, 1)
+    )
+    q, r = rng.integers(-126, 127, shape), rng.integers(-100, 101, shape)
+    noise = rng.uniform(-0.4, 0.4, shape) / 254
+    top = rng.integers(0, 32, (*batch, IN // 32, 1))
+    at_top = np.arange(32) == top
+    q = np.where(at_top, 127 * rng.choice([-1, 1], q.shape), q)
+    r, noise = np.where(at_top, 0, r), np.where(at_top, 0, noise)
+    x = (d * (q + r / 254 + noise)).astype(np.float32)
+    return x.reshape(*batch, IN), d, q, r
+
+
+@pytest.mark.parametrize("qtype", PACKED, ids=lambda qtype: qtype.name)
+def test_int8_multiplies_the_nearest_integers_of_each_32_values(qtype: QType):
+    packed, dense = weight(qtype)
+    x, d, q, r = groups_of_known_integers(3)
+    int8 = multiply(jnp.asarray(x), packed, activations="int8")
+    assert_is_product(int8, (d * q).reshape(x.shape), dense)
+    int8x2 = multiply(jnp.asarray(x), packed, activations="int8x2")
+    assert_is_product(int8x2, (d * (q + r / 254)).reshape(x.shape), dense)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8x2"])
+def test_rounded_activations_of_zeros_are_zeros_and_of_nan_are_nan(activations: str):
+    packed, dense = weight(QType.Q4_0)
+    x = groups_of_known_integers(3)[0]
+    x[0], x[1, 64:96], x[2, 5] = 0, 0, np.nan
+    found = np.asarray(multiply(jnp.asarray(x), packed, activations=activations))
+    assert not found[0].any()
+    wanted = x[1].astype(np.float64) @ dense.T
+    assert relative_error(jnp.asarray(found[1]), wanted) <= 0.006
+    assert np.isnan(found[2]).all()
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8x2"])
+def test_a_rounded_row_does_not_depend_on_the_rows_beside_it(activations: str):
+    packed, dense = weight(QType.Q4_K)
+    x, d, q, r = groups_of_known_integers(2)
+    x[1] *= 1000
+    found = multiply(jnp.asarray(x), packed, activations=activations)
+    rounded = d * q if activations == "int8" else d * (q + r / 254)
+    assert_is_product(found[:1], rounded[:1].reshape(1, IN), dense)
+
+
+@pytest.mark.parametrize("qtype", [*PLAIN, None], ids=lambda q: q.name if q else "array")
+@pytest.mark.parametrize("activations", ["int8", "int8x2", "auto"])
+def test_weights_that_are_floats_meet_float_activations(qtype: QType | None, activations: str):
+    packed, dense = weight(qtype or QType.F32)
+    w = packed if qtype else jnp.asarray(dense.astype(np.float32))
+    x = jnp.asarray(normal(3, IN))
+    np.testing.assert_array_equal(multiply(x, w, activations=activations), multiply(x, w))
+
+
+@pytest.mark.parametrize("qtype", PACKED, ids=lambda qtype: qtype.name)
+def test_auto_loses_no_more_than_int8(qtype: QType):
+    packed, dense = weight(qtype)
+    x = normal(8, IN)
+    found = multiply(jnp.asarray(x), packed, activations="auto")
+    assert relative_error(found, x.astype(np.float64) @ dense.T) <= 0.006
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("width", [IN - 32, IN + 32, 1])
+def test_inner_sizes_that_differ_are_refused_with_both_shapes(width: int):
+    packed, dense = weight(QType.Q4_0)
+    x = jnp.zeros((2, width))
+    for w in (packed, jnp.asarray(dense.astype(np.float32))):
+        message = rf"\(2, {width}\).*\({OUT}, {IN}\)"
+        with pytest.raises(ValueError, match=message):
+            ql.matmul(x, w)
+
+
+@pytest.mark.parametrize("activations", ["int4", "", "Float", None])
+def test_unknown_activations_are_refused_for_every_kind_of_weight(activations: Any):
+    packed, dense = weight(QType.Q4_0)
+    x = jnp.zeros((2, IN))
+    for w in (packed, jnp.asarray(dense.astype(np.float32))):
+        with pytest.raises(ValueError, match=r"activations=.*'auto', 'float', 'int8', 'int8x2'"):
+            ql.matmul(x, w, activations=activations)
+
+
+def test_a_weight_of_a_type_that_is_not_registered_is_refused_by_name():
+    class Unknown:
+        shape = (OUT, IN)
+
+    with pytest.raises(TypeError, match="weight of type Unknown"):
+        ql.matmul(jnp.zeros((2, IN)), Unknown())
+
+
+# A weight of the user's own.
+
+
+@struct.dataclass
+class Adapted:
+    """base + B A: a packed weight and a trainable difference of low rank."""
+
+    base: Any
+    A: Any  # [rank, in]
+    B: Any  # [out, rank]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+
+@register(Adapted)
+def _(w: Adapted, x: jax.Array, activations: Any) -> jax.Array:
+    return ql.matmul(x, w.base, activations=activations) + ql.matmul(ql.matmul(x, w.A), w.B)
+
+
+def test_a_registered_adapter_multiplies_and_gets_its_gradients():
+    packed, dense = weight(QType.Q4_K)
+    x, A, B, g = normal(3, IN), normal(4, IN) / 32, normal(OUT, 4), normal(3, OUT)
+
+    @jax.jit
+    def run(x: jax.Array, packed: Any, A: jax.Array, B: jax.Array) -> Any:
+        def loss(x: jax.Array, A: jax.Array, B: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = ql.matmul(x, Adapted(packed, A, B))
+            return (y * jnp.asarray(g)).sum(), y
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, A, B)
+
+    (dx, dA, dB), y = run(jnp.asarray(x), packed, jnp.asarray(A), jnp.asarray(B))
+    x64, A64, B64, g64 = (v.astype(np.float64) for v in (x, A, B, g))
+    whole = dense + B64 @ A64
+    for found, wanted in (
+        (y, x64 @ whole.T),
+        (dx, g64 @ whole),
+        (dA, (g64 @ B64).T @ x64),
+        (dB, g64.T @ (x64 @ A64.T)),
+    ):
+        assert found.shape == wanted.shape
+        assert relative_error(found, wanted) <= 1e-6
+
+
+def test_a_registered_adapter_hands_activations_on():
+    packed, dense = weight(QType.Q4_K)
+    x = normal(3, IN)
+    w = Adapted(packed, jnp.zeros((1, IN)), jnp.zeros((OUT, 1)))
+    found = multiply(jnp.asarray(x), w, activations="int8")
+    assert 0.004 <= relative_error(found, x.astype(np.float64) @ dense.T) <= 0.006
