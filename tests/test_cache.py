@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def some_cache(config: ql.ModelConfig) -> ql.KVCache:
     rng = np.random.default_rng(0)
     cache = ql.init_cache(config, 3, 5)
     filled = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), cache)
-    return filled.replace(lengths=jnp.asarray([0, 5, 2], jnp.int32))
+    return replace(filled, lengths=jnp.asarray([0, 5, 2], jnp.int32))
 
 
 @pytest.mark.parametrize("room", [5, 6, 13])
@@ -71,7 +72,7 @@ def test_resizing_keeps_the_contents_and_adds_zeros(config: ql.ModelConfig, room
 
 
 def test_a_poisoned_row_stays_poisoned_when_resized(config: ql.ModelConfig):
-    old = some_cache(config).replace(lengths=jnp.asarray([6, 5, 1000], jnp.int32))
+    old = replace(some_cache(config), lengths=jnp.asarray([6, 5, 1000], jnp.int32))
     for room in (5, 6, 2000):
         lengths = np.asarray(ql.resize_cache(old, room).lengths)
         assert (lengths > room).tolist() == [True, False, True]

@@ -43,7 +43,8 @@ def padded(prompts, width=16, filler=0):
     tokens = np.full((len(prompts), width), filler, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
 def run(generate_tokens, model, prompts, n, *, key=None, stop=(), filler=0, cache=None, **fields):
@@ -136,12 +137,12 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
     state, _ = decoding.start(
         logits,
         cache,
-        decoding.recent_tokens(jnp.asarray(tokens), jnp.asarray(lengths)),
+        decoding.recent_tokens(tokens, lengths),
         decoding.row_keys(jax.random.key(0), 1),
         ql.Sampling(),
         jnp.zeros((0,), jnp.int32),
     )
-    every = np.arange(model.config.vocab_size, dtype=np.int32)
+    every = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
     arguments = (model.params, state, ql.Sampling(), every, 9)
     *_, ran = ql.decode_many(*arguments, config=model.config, max_steps=9)
     assert int(ran) == 1
@@ -211,8 +212,8 @@ def test_vmap_over_temperatures_equals_single_calls(model, generate_tokens):
     def one(temperature):
         return ql.generate_tokens(
             model.params,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths),
+            tokens,
+            lengths,
             jax.random.key(0),
             config=model.config,
             sampling=ql.Sampling(temperature=temperature),
@@ -232,8 +233,8 @@ def test_generation_nests_in_scan(model, generate_tokens):
     def step(carry, key):
         out = ql.generate_tokens(
             model.params,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths),
+            tokens,
+            lengths,
             key,
             config=model.config,
             sampling=ql.Sampling(temperature=1.0),

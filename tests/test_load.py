@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_two_layers_of_a_mixed_file_hold_all_fourteen_formats(tiny_llama: TinyLl
 
 def test_float32_matrices_are_plain_arrays(tiny_llama: TinyLlama):
     params = ql.load(tiny_llama("F32")).params
+    assert params.output is not None
     plain = [params.token_embd.weight, params.output.weight, params.blk[1].ffn_up.weight]
     assert [type(leaf) for leaf in plain] == [type(jax.numpy.zeros(1))] * 3
     assert [leaf.shape for leaf in plain] == [(384, 256), (384, 256), (512, 256)]
@@ -167,8 +169,8 @@ def test_an_absent_bias_is_none_and_a_present_one_is_used(tiny_llama: TinyLlama)
     hidden = hidden_of(model, model.params)
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
         layer = getattr(model.params.blk[0], name)
-        block = model.params.blk[0].replace(**{name: layer.replace(bias=0 * layer.bias)})
-        dropped = model.params.replace(blk=(block, model.params.blk[1]))
+        block = replace(model.params.blk[0], **{name: replace(layer, bias=0 * layer.bias)})
+        dropped = replace(model.params, blk=(block, model.params.blk[1]))
         assert np.abs(hidden_of(model, dropped) - hidden).max() > 1e-3, name
 
 

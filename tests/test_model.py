@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ class Small:
         tokens = jnp.asarray(tokens, jnp.int32)
         cache = self.cache(len(tokens)) if cache is None else cache
         lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
-        logits, cache = ql.forward(
+        logits, after = ql.forward(
             self.params, tokens, cache, config=self.config, lengths=jnp.asarray(lengths, jnp.int32)
         )
-        return np.asarray(logits), cache
+        return np.asarray(logits), after
 
     def logits_of(self, hidden: jax.Array) -> Array:
         return np.asarray(ql.unembed(self.params, hidden, config=self.config))
@@ -597,7 +598,7 @@ def test_a_poisoned_row_is_whole_again_when_its_length_is_set_back(small: Small)
     bad = small.tokens[:, 4:].copy()
     bad[1, 0] = -1
     _, poisoned = small.forward(bad, before)
-    healed = poisoned.replace(lengths=jnp.asarray([4, 4, 4], jnp.int32))
+    healed = replace(poisoned, lengths=jnp.asarray([4, 4, 4], jnp.int32))
     logits, _ = small.forward(small.tokens[:, 4:], healed)
     assert errors(logits, small.wanted[:, 4:]).max() <= FLOAT32
     assert errors(wanted, small.wanted[:, :4]).max() <= FLOAT32
@@ -644,7 +645,7 @@ def test_shapes_that_do_not_fit_are_refused(small: Small):
         with pytest.raises(
             ValueError, match=r"need a cache of 2 layers of \(3, 2, 32, 16\), found"
         ):
-            forward(tokens, cache.replace(k=k))
+            forward(tokens, replace(cache, k=k))
 
 
 # What a profile shows
