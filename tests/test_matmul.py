@@ -1,4 +1,4 @@
-"""matmul is x @ dequantize(w).T for every kind of weight, and keeps no dense copy of a packed one."""
+"""matmul is x @ dequantize(w).T for every kind of weight, and keeps no dense copy of any."""
 
 from __future__ import annotations
 
