@@ -161,8 +161,8 @@ def _rope_scaling(metadata: Metadata, context_length: int) -> RopeScaling | None
     if name not in _SCALING_KINDS:
         raise metadata.error(prefix + "type", quoted(name), f"one of {', '.join(_SCALING_KINDS)}")
     key = prefix + "factor"
-    if key not in metadata and "llama.rope.scale_linear" in metadata:  # its name until 2023
-        key = "llama.rope.scale_linear"
+    if key not in metadata:
+        key = "llama.rope.scale_linear"  # its name until 2023
     # A factor of 0 is how llama.cpp spells "not given".
     factor = 1.0 if metadata.get_float(key, 0.0) == 0 else _positive(metadata, key, 1.0)
     if name == "none":

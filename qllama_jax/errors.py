@@ -18,6 +18,4 @@ class NumericalError(ArithmeticError):
 def quoted(text: str | bytes, limit: int = 80) -> str:
     """`repr(text)` cut at `limit` characters: safe to print, whatever a file put into it."""
     shown = repr(text[:limit])  # cut before repr too: the text may be 64 MiB long
-    if len(text) <= limit and len(shown) <= limit:
-        return shown
-    return shown[:limit] + "..."
+    return shown if len(shown) <= limit else shown[:limit] + "..."

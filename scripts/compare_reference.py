@@ -80,7 +80,7 @@ def compare_greedy(model: ql.Model, reference: Reference, activations: str) -> b
             max_new_tokens=NEW_TOKENS,
             temperature=0.0,
             ignore_eos=True,
-            activations=activations,
+            activations=activations,  # pyright: ignore[reportArgumentType]
         )
         found, wanted = list(result.tokens), reference.greedy(ids, NEW_TOKENS)
         pairs = zip(found, wanted, strict=False)

@@ -21,7 +21,7 @@ S, K, H = 12, 2, 3
 def config(tmp_path_factory: pytest.TempPathFactory) -> ql.ModelConfig:
     path = tmp_path_factory.mktemp("cache") / "a.gguf"
     shape = {"layers": 3, "embed": 64, "ffn": 32, "heads": 4, "kv_heads": 2, "vocab": 8}
-    return ql.load(write_tiny_llama(path, **shape, tokenizer=None)).config
+    return ql.load(write_tiny_llama(path, **shape, tokenizer=None)).config  # pyright: ignore[reportArgumentType]
 
 
 def test_an_empty_cache_has_the_documented_shapes_and_is_zero(config: ql.ModelConfig):
@@ -146,5 +146,5 @@ def test_write_under_vmap_equals_row_by_row(axis: int):
     def one(*row: jax.Array) -> jax.Array:
         return write(*(x[None] for x in row), axis=axis)[0]
 
-    result = jax.vmap(one)(buffer, new, start, count)
+    result = jax.vmap(one)(buffer, new, start, count)  # pyright: ignore[reportArgumentType]
     np.testing.assert_array_equal(result, written(buffer, new, start, count, axis))

@@ -135,6 +135,7 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": 1.25},
         scaled("longrope", 1.0, 128, 1.25),
     ),
+    "longrope alone": ({"rope.scaling.type": "longrope"}, scaled("longrope", 1.0)),
     # vocabulary
     "tokens": ({"vocab_size": None, TOKENS: ["a", "b"]}, {"vocab_size": 2}),
     "tokens and size": ({TOKENS: ["a", "b", "c"]}, {"vocab_size": 3}),

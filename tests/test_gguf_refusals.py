@@ -294,6 +294,7 @@ BAD: dict[str, tuple[Change, str]] = {
         f"tensor 'three' (header offset {THREE}): shape (2, 0, 2), allowed dimensions from 1",
     ),
     "dimension 2^64-1": (row(2, shape=(2**64 - 1,)), "with a product below 2**63"),
+    "product 2^63": (row(2, shape=(2**32, 2**31)), "with a product below 2**63"),
     "product 2^64": (row(2, shape=(2**32, 2**32)), "with a product below 2**63"),
     "product 2^64 + 8": (row(2, shape=(2**3, 2**61 + 1)), "with a product below 2**63"),
     "removed type": (row(2, qtype=31), "unsupported tensor type 31 (Q4_0_4_4)"),
