@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,14 @@ S, K, H = 12, 2, 3
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ql.ModelConfig:
     path = tmp_path_factory.mktemp("cache") / "a.gguf"
-    shape = {"layers": 3, "embed": 64, "ffn": 32, "heads": 4, "kv_heads": 2, "vocab": 8}
+    shape: dict[str, Any] = {
+        "layers": 3,
+        "embed": 64,
+        "ffn": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "vocab": 8,
+    }
     return ql.load(write_tiny_llama(path, **shape, tokenizer=None)).config  # pyright: ignore[reportArgumentType]
 
 
@@ -146,5 +154,5 @@ def test_write_under_vmap_equals_row_by_row(axis: int):
     def one(*row: jax.Array) -> jax.Array:
         return write(*(x[None] for x in row), axis=axis)[0]
 
-    result = jax.vmap(one)(buffer, new, start, count)  # pyright: ignore[reportArgumentType]
+    result = jax.vmap(one)(*map(jnp.asarray, (buffer, new, start, count)))  # pyright: ignore[reportArgumentType]
     np.testing.assert_array_equal(result, written(buffer, new, start, count, axis))

@@ -335,7 +335,6 @@ def test_stats_count_tokens(model):
         ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
         ([1], {"temperature": -1}, ValueError, "temperature=-1"),
         ([1], {"top_p": 0.0}, ValueError, "top_p=0.0"),
-        ([1], {"activations": "fp4"}, ValueError, "fp4"),
         ([1], {"warmth": 1}, TypeError, "warmth"),
         ([1], {"stop": ""}, ValueError, "stop"),
     ],
