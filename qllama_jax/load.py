@@ -166,7 +166,7 @@ class _Loader:
 
     def vector(self, name: str, size: int) -> np.ndarray:
         """A norm, bias or frequency factor, float32 `[size]` on the host."""
-        return np.asarray(self.read(name, (size,)).dequantize())
+        return np.asarray(jax.tree.map(self.place, self.read(name, (size,))).dequantize())
 
     def read(self, name: str, shape: tuple[int, ...]) -> Any:
         """Take a tensor of the file as a Block of numpy arrays."""

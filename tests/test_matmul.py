@@ -203,6 +203,7 @@ def test_matmul_and_its_gradient_hold_a_few_tiles_and_never_the_dense_weight(qty
         return jax.grad(lambda x: (ql.matmul(x, w) ** 2).sum())(x)
 
     memory = jax.jit(gradient).lower(x, w).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes <= few_tiles  # pyright: ignore[reportOptionalMemberAccess]
 
 

@@ -165,6 +165,7 @@ def yarn(dims: int, theta: float, factor: float, original: int) -> tuple[np.ndar
         (128, 1e6, 2.5, 32_768),
         (64, 1e4, 8.0, 100),  # no pair turns 32 times in 100 positions
         (16, 2.0, 8.0, 10**6),  # every pair does
+        (16, 10.0, 8.0, 734),  # the slowest is counted as pair 15, not 17
         (128, 1e4, 0.5, 4096),  # squeezed, not stretched: the magnitude stays 1
     ],
 )
