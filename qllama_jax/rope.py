@@ -48,14 +48,17 @@ def rope_frequencies(
     ggml's ggml_rope_ext: linear (Chen et al. 2023) and yarn (Peng et al. 2023).
 
     Raises:
-        GGUFError: a kind of scaling that needs more than this.
+        GGUFError: a kind of scaling that needs more than this, or constants without a meaning.
     """
     exponent = np.arange(0, config.rope_dim, 2, dtype=np.float64) / config.rope_dim
     radians = config.rope_theta**-exponent
     if freq_factors is not None:
         radians = radians / freq_factors.astype(np.float64)
     radians, magnitude = _scale(radians, config)
-    steps = np.round(radians / (2 * np.pi) * 2.0 ** (32 + FINE_BITS)).astype(np.uint64)
+    if not np.isfinite(radians).all():
+        raise GGUFError(f"rope: frequencies up to {radians.max()} from {config}")
+    turns = radians / (2 * np.pi) % 1.0  # positions are integers: whole turns change nothing
+    steps = np.round(turns * 2.0 ** (32 + FINE_BITS)).astype(np.uint64)
     return RopeFrequencies(
         coarse=(steps >> np.uint64(FINE_BITS)).astype(np.uint32),
         fine=(steps & np.uint64(2**FINE_BITS - 1)).astype(np.uint32),
@@ -71,6 +74,8 @@ def _scale(radians: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, float]
         return radians / scaling.factor, scaling.attn_factor
     if scaling.kind != "yarn":
         raise GGUFError(f"rope scaling {scaling.kind!r} is not supported: linear and yarn are")
+    if config.rope_theta <= 1:
+        raise GGUFError(f"rope scaling 'yarn': freq_base {config.rope_theta}, wanted above 1")
 
     def pair_with_turns(turns: float) -> float:
         """Return the (fractional) pair that makes so many turns in the original context."""

@@ -269,6 +269,14 @@ def test_int8_multiplies_the_nearest_integers_of_each_32_values(qtype: QType):
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8x2"])
+def test_the_gradient_passes_straight_through_the_rounding(activations: Any):
+    w, dense = weight(QType.Q4_0)
+    x, g = jnp.asarray(normal(3, IN)), normal(3, OUT, seed=1)
+    gradient = jax.grad(lambda x: (ql.matmul(x, w, activations=activations) * g).sum())(x)
+    assert_is_product(gradient, g, dense.T)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8x2"])
 def test_rounded_activations_of_zeros_are_zeros_and_of_nan_are_nan(activations: str):
     packed, dense = weight(QType.Q4_0)
     x = groups_of_known_integers(3)[0]

@@ -270,3 +270,20 @@ def test_rotate_of_bfloat16_is_the_float64_rotation_rounded():
     wanted = as_complex(x) * np.exp(1j * angles)[None, :, None]
     # Three roundings of 2^-9 at most: of cos and sin, of the products, of the sum.
     assert np.abs(as_complex(found) - wanted).max() <= 2.0**-6 * np.abs(wanted).max()
+
+
+def test_a_frequency_of_many_turns_a_position_is_the_fraction_of_a_turn_that_is_left():
+    config = config_of(64, scaling=scaled("linear", 2.0**-24))
+    radians = 10_000.0 ** -(np.arange(0, 64, 2) / 64) * 2.0**24  # 2.7 million turns
+    positions = POSITIONS[:100]
+    assert_are_the_angles(cos_sin_of(config, positions), radians % (2 * np.pi), positions=positions)
+
+
+def test_yarn_without_a_base_above_1_is_refused():
+    with pytest.raises(GGUFError, match=r"freq_base 1\.0, wanted above 1"):
+        rope_frequencies(config_of(64, 1.0, scaling=scaled("yarn", 4.0)))
+
+
+def test_frequencies_that_overflow_are_refused():
+    with pytest.raises(GGUFError, match="frequencies up to inf"), np.errstate(over="ignore"):
+        rope_frequencies(config_of(64, 1e-308, scaling=scaled("linear", 1e-308)))
