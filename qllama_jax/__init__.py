@@ -20,14 +20,16 @@ from qllama_jax.generate import Piece, Result, generate, stream
 from qllama_jax.gguf_file import read_gguf
 from qllama_jax.load import Model, load
 from qllama_jax.matmul import matmul
-from qllama_jax.model import forward, hidden_states, sites, unembed
+from qllama_jax.model import embed, forward, hidden_states, sites, unembed
 from qllama_jax.params import Params
+from qllama_jax.quants import Block
 from qllama_jax.sampling import Sampling
 from qllama_jax.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Block",
     "ChatTemplateError",
     "ContextOverflowError",
     "DecodeState",
@@ -44,6 +46,7 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "decode_many",
+    "embed",
     "forward",
     "generate",
     "generate_tokens",
