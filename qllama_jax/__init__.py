@@ -14,6 +14,9 @@ from qllama_jax.decoding import (
     decode_many,
     generate_tokens,
     prefill,
+    recent_tokens,
+    row_keys,
+    start_decoding,
 )
 from qllama_jax.errors import ContextOverflowError, GGUFError, NumericalError
 from qllama_jax.generate import Piece, Result, generate, stream
@@ -56,8 +59,11 @@ __all__ = [
     "matmul",
     "prefill",
     "read_gguf",
+    "recent_tokens",
     "resize_cache",
+    "row_keys",
     "sites",
+    "start_decoding",
     "stream",
     "unembed",
 ]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.quants import Leaf
+from qllama_jax.rope import MAX_POSITIONS
 
 
 @struct.dataclass
@@ -50,10 +51,13 @@ def init_cache(
     """Return an empty cache, 2 * layers * B * K * S * H numbers.
 
     Raises:
-        ValueError: batch_size or max_length below 1.
+        ValueError: batch_size or max_length below 1, or max_length above the 2^20 positions for
+            which rotary angles are exact.
     """
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"init_cache: batch_size={batch_size}, max_length={max_length}: below 1")
+    if max_length > MAX_POSITIONS:
+        raise ValueError(f"init_cache: max_length={max_length}: above {MAX_POSITIONS}")
     B, K, S, H = batch_size, config.num_kv_heads, max_length, config.head_dim
     layers = range(config.num_layers)
     return KVCache(

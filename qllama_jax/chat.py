@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qllama_jax.chat_template import ChatTemplateError
 from qllama_jax.errors import ContextOverflowError
 from qllama_jax.generate import Piece, stream
 from qllama_jax.load import Model
@@ -25,7 +26,7 @@ def converse(
     `options` are `stream`'s. Ctrl-C stops an answer, which stays in the history as far as it got.
 
     Raises:
-        ChatTemplateError: the file has no template, or it refuses the messages.
+        ChatTemplateError: there is no template, or it refuses even one message.
     """
     opening = [] if system is None else [{"role": "system", "content": system}]
     # Before anybody has typed: is there a template, and does it take a system message?
@@ -40,9 +41,9 @@ def converse(
         messages.append({"role": "user", "content": line})
         try:
             answer = _answer(model, messages, options, closing_line)
-        except ContextOverflowError as error:
+        except (ContextOverflowError, ChatTemplateError) as error:
             complain(error)
-            print("/clear forgets the conversation; a shorter message may fit", file=sys.stderr)
+            print("/clear forgets the conversation; another message may do", file=sys.stderr)
             answer = None
         if answer is None:
             messages.pop()  # templates want users and assistants to take turns

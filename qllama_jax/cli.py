@@ -1,7 +1,7 @@
 """The command line: `qllama generate | chat | info | bench`, the same as `python -m qllama_jax`.
 
 Text goes to stdout, all else to stderr. What goes wrong is one line, `qllama: error: ...`, and exit
-code 2. What needs jax is imported where it is needed: `--help` and bad flags do not wait for it.
+code 2. This module and those of `info` import nothing that needs jax before it is needed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qllama_jax.errors import NumericalError
+from qllama_jax.interrupts import exit_at_interrupt
 
 if TYPE_CHECKING:
     from qllama_jax.generate import Piece
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = command(_chat, "talk to a model; /clear forgets, /exit or end of input ends")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    chat.add_argument("--chat-template", metavar="FILE", help="a Jinja template for the file's own")
     _add_sampling(chat)
     _add_computing(chat)
 
@@ -152,8 +155,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     from qllama_jax.chat import show
     from qllama_jax.generate import stream
 
-    pieces = stream(model, arguments.prompt, ignore_eos=arguments.ignore_eos, **options)
-    print(_closing_line(show(pieces, []), options["seed"]), file=sys.stderr)
+    with exit_at_interrupt(INTERRUPTED):
+        pieces = stream(model, arguments.prompt, ignore_eos=arguments.ignore_eos, **options)
+        last = show(pieces, [])
+    print(_closing_line(last, options["seed"]), file=sys.stderr)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -185,12 +190,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     load_seconds = time.perf_counter() - began
     from qllama_jax.bench import measure, table
 
-    report = {"model": model.path.name, "qtype": qtype, "load_s": load_seconds} | measure(
-        model,
-        prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.max_new_tokens,
-        activations=arguments.activations,
-    )
+    with exit_at_interrupt(INTERRUPTED):
+        measured = measure(
+            model,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.max_new_tokens,
+            activations=arguments.activations,
+        )
+    report = {"model": model.path.name, "qtype": qtype, "load_s": load_seconds} | measured
     print(table(report), file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(report))
@@ -234,8 +241,10 @@ def _load(arguments: argparse.Namespace) -> Model:
     except AssertionError:  # how jax says that it has no plugin for the platform
         raise RuntimeError(f"jax finds no device of {jax.config.jax_platforms!r}") from None
 
+    named = getattr(arguments, "chat_template", None)
+    template = None if named is None else Path(named).read_text(encoding="utf-8")
     if not sys.stderr.isatty():
-        return load(arguments.model)
+        return load(arguments.model, chat_template=template)
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress
 
@@ -246,4 +255,4 @@ def _load(arguments: argparse.Namespace) -> Model:
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return load(arguments.model, progress=progress)
+        return load(arguments.model, chat_template=template, progress=progress)

@@ -64,6 +64,7 @@ class Decoded:
     lengths: Leaf  # int32[B]
     finish: Leaf  # int32[B], of Finish
     cache: KVCache
+    history: Leaf  # int32[B, PENALTY_WINDOW - 1]: what came before the last token
 
 
 def prefill(
@@ -88,7 +89,7 @@ def prefill(
     return jnp.where((lengths > 0)[:, None], logits, np.float32(np.nan)), cache
 
 
-def start(
+def start_decoding(
     logits: Float32[Array, "B V"],
     cache: KVCache,
     recent: Int32[Array, "B W"],
@@ -96,7 +97,10 @@ def start(
     sampling: Sampling,
     stop_tokens: Int32[Array, " K"],
 ) -> tuple[DecodeState, Float32[Array, " B"]]:
-    """Choose the first token from a prefill's logits; return the state and its log-probability."""
+    """Choose the first token from a prefill's logits; return the state and its log-probability.
+
+    `recent` is what `recent_tokens` gives, `keys` what `row_keys` does.
+    """
     B, _ = logits.shape
     state = DecodeState(
         cache=cache,
@@ -204,9 +208,17 @@ def row_keys(key: Shaped[Array, ...], batch_size: int) -> Key[Array, " B"]:
 
 
 def recent_tokens(
-    prompt: Int32[Array, "B T"], prompt_lengths: Int32[Array, " B"]
+    prompt: Int32[Array, "B T"],
+    prompt_lengths: Int32[Array, " B"],
+    history: Int32[Array, "B H"] | None = None,
 ) -> Int32[Array, "B W"]:
-    """Return the last PENALTY_WINDOW tokens of each row, -1 in front of a shorter one."""
+    """Return the last PENALTY_WINDOW tokens of each row, -1 in front of a shorter one.
+
+    `history` is what came before the prompt, -1 where there was nothing.
+    """
+    if history is not None:
+        prompt = jnp.concatenate([history, prompt], axis=1)
+        prompt_lengths = prompt_lengths + history.shape[1]
     index = prompt_lengths[:, None] + np.arange(-PENALTY_WINDOW, 0, dtype=np.int32)[None]
     tokens = jnp.take_along_axis(prompt, jnp.maximum(index, 0), axis=1)
     return jnp.where(index >= 0, tokens, -1)
@@ -223,6 +235,7 @@ def generate_tokens(
     max_new_tokens: int,
     stop_tokens: Int32[Array, " K"],
     cache: KVCache | None = None,
+    history: Int32[Array, "B H"] | None = None,
     activations: Activations = "auto",
 ) -> Decoded:
     """Generate up to N = max_new_tokens tokens a row: one prefill, then a while loop.
@@ -234,19 +247,25 @@ def generate_tokens(
         key: one key, or one a row (`key[B]`; of the raw kind `uint32[B, 2]`).
         config: what the file says (static under jit, as are max_new_tokens and activations).
         sampling: how tokens are chosen.
-        max_new_tokens: N.
+        max_new_tokens: N, at least 1.
         stop_tokens: ids that end a row, `int32[K]`; K may be 0.
         cache: what came before the prompt; None: nothing.
+        history: the tokens before the prompt, `int32[B, H]`, -1 where there are fewer; the repeat
+            penalty alone looks at them.
         activations: as in `matmul`.
 
     Returns:
-        `Decoded`. Its cache holds the prompt and all new tokens but the last: to go on, give that
-        token as the next prompt. Rows that end in `Finish.ERROR` failed after `lengths[b]` tokens.
+        `Decoded`. Its cache holds the prompt and all new tokens but the last. To go on as if
+        nothing had been cut, give that token as the next prompt, with `cache` and `history`. Rows
+        that end in `Finish.ERROR` failed after `lengths[b]` tokens.
 
     Raises:
+        ValueError: N is below 1.
         ContextOverflowError: T + N positions do not fit the cache, or the model's context.
     """
     B, T = prompt.shape
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     if T + max_new_tokens > config.context_length:
         raise ContextOverflowError(
             f"prompt of {T} + {max_new_tokens} new tokens: the model's context is"
@@ -261,24 +280,29 @@ def generate_tokens(
     logits, cache = prefill(
         params, prompt, prompt_lengths, cache, config=config, activations=activations
     )
-    recent = recent_tokens(prompt, prompt_lengths)
-    state, logprob = start(logits, cache, recent, row_keys(key, B), sampling, stop_tokens)
+    recent = recent_tokens(prompt, prompt_lengths, history)
+    state, logprob = start_decoding(logits, cache, recent, row_keys(key, B), sampling, stop_tokens)
     first_token, first_logprob = state.token[:, None], logprob[:, None]
-    state, tokens, logprobs, _ = decode_many(
-        params,
-        state,
-        sampling,
-        stop_tokens,
-        max_new_tokens - 1,
-        config=config,
-        max_steps=max_new_tokens - 1,
-        activations=activations,
-    )
+    tokens, logprobs = first_token, first_logprob
+    if max_new_tokens > 1:
+        state, more_tokens, more_logprobs, _ = decode_many(
+            params,
+            state,
+            sampling,
+            stop_tokens,
+            max_new_tokens - 1,
+            config=config,
+            max_steps=max_new_tokens - 1,
+            activations=activations,
+        )
+        tokens = jnp.concatenate([tokens, more_tokens], axis=1)
+        logprobs = jnp.concatenate([logprobs, more_logprobs], axis=1)
     running = state.finish == int(Finish.RUNNING)
     return Decoded(
-        tokens=jnp.concatenate([first_token, tokens], axis=1),
-        logprobs=jnp.concatenate([first_logprob, logprobs], axis=1),
+        tokens=tokens,
+        logprobs=logprobs,
         lengths=state.generated,
         finish=jnp.where(running, np.int32(Finish.LENGTH), state.finish),
         cache=state.cache,
+        history=state.recent[:, :-1],
     )

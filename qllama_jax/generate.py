@@ -173,11 +173,14 @@ def read_prompts(model: Model, prompt: Any) -> tuple[list[np.ndarray], bool]:
     """
     if isinstance(prompt, str):
         return [_read_prompt(model, prompt, "prompt")], False
-    items = list(prompt)
-    if not items:
+    if not isinstance(prompt, Sequence) and not hasattr(prompt, "__array__"):
+        raise TypeError(
+            f"prompt: expected a text, token ids or a list of such, found {type(prompt).__name__}"
+        )
+    if not np.shape(prompt[:1])[:1] == (1,):
         raise ValueError("prompt: empty")
-    if all(isinstance(item, str) or np.ndim(item) > 0 for item in items):
-        return [_read_prompt(model, item, f"prompt {i}") for i, item in enumerate(items)], True
+    if isinstance(prompt[0], str) or np.ndim(prompt[0]) > 0:
+        return [_read_prompt(model, item, f"prompt {i}") for i, item in enumerate(prompt)], True
     return [_read_prompt(model, prompt, "prompt")], False
 
 

@@ -1,7 +1,7 @@
 """The model's weights as pytrees whose paths are the tensor names of the file.
 
 `blk.3.attn_q.weight` is `params.blk[3].attn_q.weight`. A weight matrix is a packed `Block` or a
-plain array `[out, in]`; norms, biases and router weights are plain float32. The one leaf that is
+plain array `[out, in]`; norms and biases are plain float32. The one leaf that is
 not in the file is `rope`, a few hundred bytes derived at load.
 """
 

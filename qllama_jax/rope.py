@@ -19,8 +19,9 @@ from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError
 from qllama_jax.quants import Leaf
 
-# Bits of a frequency kept below 2^-32 turns; positions up to 2^(32 - FINE_BITS) carry exactly.
+# Bits of a frequency kept below 2^-32 turns; their product with a position must fit 32 bits.
 FINE_BITS = 12
+MAX_POSITIONS = 2 ** (32 - FINE_BITS)
 
 # Pairs that turn more often than this in the trained context stay, those below the second are
 # stretched by the full factor (ggml's defaults beta_fast and beta_slow).

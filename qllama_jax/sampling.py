@@ -56,8 +56,11 @@ class Sampling:
         )
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError for a concrete parameter out of its range; what is traced is not looked at.
+def check_sampling(sampling: Sampling, batch_size: int | None = None) -> None:
+    """Raise for a concrete parameter that is out of range; what is traced is not looked at.
+
+    A parameter is a number or `batch_size` of them, and is judged as the float32 that it becomes.
+    Raises TypeError for what is no number, ValueError for the rest.
 
     The ranges: temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, repeat_penalty > 0.
     """
@@ -73,7 +76,17 @@ def check_sampling(sampling: Sampling) -> None:
     }
     for name, (allowed, inside) in wanted.items():
         value = getattr(sampling, name)
-        if not isinstance(value, Tracer) and not np.all(inside(np.asarray(value))):
+        if isinstance(value, Tracer):
+            continue
+        numbers = np.asarray(value)
+        if numbers.dtype.kind not in "iuf":
+            raise TypeError(f"{name}={value!r}: expected {allowed}")
+        if batch_size is not None and numbers.shape not in ((), (batch_size,)):
+            raise ValueError(f"{name}: {numbers.shape} numbers for {batch_size} rows")
+        if name != "top_k":
+            with np.errstate(over="ignore"):
+                numbers = numbers.astype(np.float32)
+        if not np.all(inside(numbers)):
             raise ValueError(f"{name}={value}: expected {allowed}")
 
 

@@ -8,6 +8,7 @@ decode loop a cache size, and the work of a step follows the positions that are 
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
 _prefill = jax.jit(
     decoding.prefill, static_argnames=("config", "activations"), donate_argnames="cache"
 )
-_start = jax.jit(decoding.start, donate_argnames="cache")
+_start = jax.jit(decoding.start_decoding, donate_argnames="cache")
 _decode = jax.jit(
     decoding.decode_many,
     static_argnames=("config", "max_steps", "activations"),
@@ -90,9 +91,9 @@ class Session:
     ) -> None:
         """Check everything that can be checked before work begins; the errors of `generate`."""
         check_activations(activations)
-        check_sampling(sampling)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+        check_sampling(sampling, len(prompts))
+        max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
+        seed = _whole("seed", seed, 0, 2**32 - 1)
         longest = max(len(prompt) for prompt in prompts)
         context = model.config.context_length
         if longest + max_new_tokens > context:
@@ -170,14 +171,17 @@ class Session:
         lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
         longest = int(lengths.max())
         width = min(_power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
-        room = _power_of_two(longest, SMALLEST_PROMPT)
-        cache = init_cache(self.model.config, len(self.prompts), room)
+        cache = init_cache(self.model.config, len(self.prompts), width)
         logits = None
         for begin in range(0, longest, width):
             counts = np.clip(lengths - begin, 0, width).astype(np.int32)
             tokens = np.zeros((len(self.prompts), width), np.int32)
             for row, prompt in enumerate(self.prompts):
                 tokens[row, : counts[row]] = prompt[begin : begin + width]
+            # The room grows with the chunks, so the early ones do not attend to all of it.
+            room = _power_of_two(begin + width, width)
+            if cache.max_length < room:
+                cache = _resize(cache, max_length=room)
             new, cache = _prefill(
                 self.model.params,
                 tokens,
@@ -213,11 +217,6 @@ class Session:
         finish: np.ndarray,
     ) -> Iterator[Event]:
         """Yield the tokens of one dispatch by step; row b has after[b] - before[b] of them."""
-        for row in np.flatnonzero(finish == Finish.ERROR):
-            raise NumericalError(
-                f"row {row}: the logits for generated token {after[row]} are not finite: a weight"
-                " or an activation is NaN or infinite"
-            )
         for step in range(tokens.shape[1]):
             for row in np.flatnonzero(before + step < after):
                 if row in self._stopped:
@@ -225,9 +224,25 @@ class Session:
                 self.stats.generated_tokens += 1
                 last = before[row] + step + 1 == after[row]
                 code = Finish(int(finish[row])) if last else Finish.RUNNING
+                if code == Finish.ERROR:  # this token is good, the one after it is not
+                    code = Finish.RUNNING
                 if code == Finish.RUNNING and after[row] == self.max_new_tokens and last:
                     code = Finish.LENGTH
                 yield Event(int(row), int(tokens[row, step]), float(logprobs[row, step]), code)
+        for row in np.flatnonzero(finish == Finish.ERROR):
+            if row not in self._stopped:
+                raise NumericalError(
+                    f"row {row}: the logits for generated token {after[row]} are not finite: a"
+                    " weight or an activation is NaN or infinite"
+                )
+
+
+def _whole(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r}: expected an integer")
+    if not low <= (value := operator.index(value)) <= high:
+        raise ValueError(f"{name}={value}: expected {low}..{high}")
+    return value
 
 
 def _power_of_two(size: int, smallest: int) -> int:

@@ -431,7 +431,7 @@ assert "jax" not in sys.modules
 """
 
 
-def test_info_and_bad_flags_do_not_wait_for_jax(path):
+def test_the_modules_of_info_and_bad_flags_import_no_jax(path):
     done = python("-c", NO_JAX, path)
     assert done.returncode == 0, done.stderr
 
@@ -510,3 +510,41 @@ def test_cache_goes_where_it_may(tmp_path, monkeypatch, capsys):
     set_compilation_cache(True)
     expected = tmp_path / "home" / ".cache" / "qllama_jax" / "xla"
     assert jax.config.jax_compilation_cache_dir == str(expected)
+
+
+def test_control_c_ends_a_run_at_once_also_while_it_compiles(path):
+    script = (
+        "import os, signal, sys, threading, time\n"
+        "from qllama_jax import cli, generate\n"
+        "def stream(*_, **__):\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    import jax, jax.numpy as jnp\n"
+        "    while True:\n"  # busy outside of Python, where a KeyboardInterrupt can be lost
+        "        try:\n"
+        "            jax.jit(lambda x: jnp.linalg.svd(x))(jnp.ones((3, 3))).S.block_until_ready()\n"
+        "            time.sleep(0.01)\n"
+        "        except KeyboardInterrupt:\n"
+        "            pass\n"
+        "sys.modules['qllama_jax.generate'].stream = stream\n"
+        "sys.exit(cli.main(['generate', sys.argv[1], 'x', '--no-compilation-cache']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
+
+
+def test_a_template_can_be_given(chat, path, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    code, out, err = chat(path, "hello\n", "--chat-template", str(template), "-n", "2")
+    assert code == 0, err
+    assert out
+
+
+def test_an_empty_template_is_no_template(chat, tiny_llama):
+    path = str(tiny_llama("Q4_0", layers=1, metadata={"tokenizer.chat_template": ""}))
+    code, out, err = chat(path, "hello\n")
+    assert (code, out) == (2, "")
+    assert "no chat template" in err
+    assert "--chat-template" in err

@@ -47,7 +47,19 @@ def padded(prompts, width=16, filler=0):
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
-def run(generate_tokens, model, prompts, n, *, key=None, stop=(), filler=0, cache=None, **fields):
+def run(
+    generate_tokens,
+    model,
+    prompts,
+    n,
+    *,
+    key=None,
+    stop=(),
+    filler=0,
+    cache=None,
+    history=None,
+    **fields,
+):
     tokens, lengths = padded(prompts, filler=filler)
     return generate_tokens(
         model.params,
@@ -59,6 +71,7 @@ def run(generate_tokens, model, prompts, n, *, key=None, stop=(), filler=0, cach
         max_new_tokens=n,
         stop_tokens=np.asarray(stop, np.int32),
         cache=cache,
+        history=history,
     )
 
 
@@ -101,17 +114,26 @@ def test_a_row_of_a_batch_is_that_row_alone_with_its_key(model, generate_tokens,
     assert len({tuple(row) for row in batch.tokens.tolist()}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("fields", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"repeat_penalty": 1.5}, SAMPLED], ids=["greedy", "penalized", "sampled"]
+)
 def test_resumed_equals_one_shot(model, generate_tokens, fields):
     keys = decoding.row_keys(jax.random.key(3), 1)
-    whole = run(generate_tokens, model, PROMPTS[:1], 12, key=keys, **fields)
     cache = ql.init_cache(model.config, 1, 64)
-    fields = fields and {**fields, "repeat_penalty": 1.0}
     whole = run(generate_tokens, model, PROMPTS[:1], 12, key=keys, **fields)
     first = run(generate_tokens, model, PROMPTS[:1], 5, key=keys, cache=cache, **fields)
     assert int(first.cache.lengths[0]) == len(PROMPTS[0]) + 4
     last = first.tokens[0, -1:].tolist()
-    second = run(generate_tokens, model, [last], 7, key=keys, cache=first.cache, **fields)
+    second = run(
+        generate_tokens,
+        model,
+        [last],
+        7,
+        key=keys,
+        cache=first.cache,
+        history=first.history,
+        **fields,
+    )
     assert first.tokens[0].tolist() + second.tokens[0].tolist() == whole.tokens[0].tolist()
 
 
@@ -134,7 +156,7 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
     tokens, lengths = padded(PROMPTS[:1])
     cache = ql.init_cache(model.config, 1, 64)
     logits, cache = ql.prefill(model.params, tokens, lengths, cache, config=model.config)
-    state, _ = decoding.start(
+    state, _ = ql.start_decoding(
         logits,
         cache,
         decoding.recent_tokens(tokens, lengths),
@@ -333,6 +355,17 @@ def test_stats_count_tokens(model):
         ([1] * 4096, {}, ql.ContextOverflowError, "room for 0"),
         ([1] * 4000, {"max_new_tokens": 97}, ql.ContextOverflowError, "room for 96"),
         ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        ([1], {"max_new_tokens": 2.5}, TypeError, "2.5"),
+        ([1], {"max_new_tokens": True}, TypeError, "True"),
+        ([1], {"seed": -1}, ValueError, "seed=-1"),
+        ([1], {"seed": 2**32}, ValueError, "seed=4294967296"),
+        ([1], {"repeat_penalty": 1e-46}, ValueError, "repeat_penalty"),
+        ([1], {"temperature": 1e300}, ValueError, "temperature"),
+        ([1], {"temperature": "warm"}, TypeError, "temperature='warm'"),
+        ([1], {"top_k": np.asarray([1, 2])}, ValueError, "top_k.*1 rows"),
+        ({"role": "x"}, {}, TypeError, "dict"),
+        (iter([1, 2]), {}, TypeError, "iterator"),
+        (None, {}, TypeError, "NoneType"),
         ([1], {"temperature": -1}, ValueError, "temperature=-1"),
         ([1], {"top_p": 0.0}, ValueError, "top_p=0.0"),
         ([1], {"warmth": 1}, TypeError, "warmth"),
@@ -351,6 +384,35 @@ def test_the_pure_function_checks_lengths_statically(model, generate_tokens):
         run(generate_tokens, model, [[1]], 5, cache=ql.init_cache(model.config, 1, 20))
     with pytest.raises(ql.ContextOverflowError, match="context is 4096"):
         run(generate_tokens, model, [[1]], 4081)
+
+
+def test_one_token_is_the_first_of_many(model, generate_tokens):
+    many = run(generate_tokens, model, PROMPTS, 4)
+    one = run(generate_tokens, model, PROMPTS, 1)
+    assert one.tokens.tolist() == many.tokens[:, :1].tolist()
+    assert one.lengths.tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        run(generate_tokens, model, PROMPTS, 0)
+
+
+@pytest.mark.parametrize("most_steps", [1, 64])
+def test_a_failing_row_gives_all_its_good_tokens_first_however_the_work_is_cut(
+    model, monkeypatch, most_steps
+):
+    free = ql.generate(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True).tokens
+    fatal = next(i for i in range(3, 20) if free[i] not in free[:i] and free[i] not in PROMPTS[0])
+    table = model.params.token_embd.weight
+    table = table.replace(d=table.d.at[free[fatal], 0].set(np.float16(np.nan)))
+    params = model.params.replace(token_embd=Linear(weight=table))
+    params = params.replace(output=model.params.output or model.params.token_embd)
+    broken = dataclasses.replace(model, params=params)
+    monkeypatch.setattr(session, "MAX_STEPS", most_steps)
+    monkeypatch.setattr(session, "DISPATCH_SECONDS", 1e9)
+    tokens = []
+    pieces = ql.stream(broken, PROMPTS[0], max_new_tokens=20, ignore_eos=True)
+    with pytest.raises(ql.NumericalError, match=f"generated token {fatal + 1} "):
+        tokens.extend(piece.token for piece in pieces)
+    assert tokens == free[: fatal + 1]
 
 
 def test_a_file_without_a_vocabulary_takes_and_gives_ids(tiny_llama):

@@ -37,6 +37,7 @@ RUNGS = {
     "chat": 7.0,
     "compilation_cache": 7.0,
     "info": 7.0,
+    "interrupts": 7.0,
     "cli": 7.1,
     "__init__": 8.0,
     "__main__": 9.0,

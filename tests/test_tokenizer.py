@@ -421,7 +421,6 @@ def test_bos_and_eos_that_are_missing_are_refused():
         ({"tokens": ["a"] * 265}, "the token 'a' twice, at 0 and 264"),
         ({"bos_token_id": 265}, "the int 265, wanted an integer in 0..264"),
         ({"eos_token_id": 2**32 - 1}, "wanted an integer in 0..264"),
-        ({"padding_token_id": 265}, "wanted an integer in 0..264"),
         ({"fim_pad_token_id": 265}, "wanted an integer in 0..264"),
         ({"add_bos_token": 1}, "wanted a bool"),
     ],

@@ -37,9 +37,15 @@ def matmul(
 
     Raises:
         ValueError: the inner sizes differ, or `activations` is none of the four.
-        TypeError: no implementation is registered for the type of w.
+        TypeError: x holds no floating-point numbers, or no implementation is registered for the
+            type of w.
+
+    Differentiable in reverse mode with respect to x and to plain arrays; a packed weight has no
+    gradient, and no forward mode (`jax.jvp`).
     """
     check_activations(activations)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"matmul: x is {x.dtype}, expected floating-point activations")
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"matmul: x {x.shape} and w {w.shape} differ in their last axis")
     return _multiply(w, x, activations)

@@ -153,8 +153,10 @@ class Tokenizer:
         Raises ChatTemplateError (a ValueError) where there is no template, or it fails, refuses
         the messages, or does what a template may not; TypeError where messages are no plain data.
         """
-        if self.chat_template is None:
-            raise ChatTemplateError("the file has no chat template: give one as chat_template=")
+        if not self.chat_template:
+            raise ChatTemplateError(
+                "the file has no chat template: give one as chat_template= (--chat-template)"
+            )
         bos = "" if self.bos_id is None else self._vocabulary.tokens[self.bos_id]
         eos = "" if self.eos_id is None else self._vocabulary.tokens[self.eos_id]
         text = render_chat(
