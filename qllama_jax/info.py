@@ -28,7 +28,7 @@ def describe(file: GGUFFile) -> Iterator[str]:
     for qtype, (count, size) in by_qtype(file).items():
         yield _line("", f"{qtype:<8} {count:>5} tensors {size:>17,} bytes")
     yield from _strings(file, {"tokenizer": "tokenizer.ggml.model"})
-    yield _line("chat template", "yes" if "tokenizer.chat_template" in file.metadata else "no")
+    yield _line("chat template", "yes" if file.metadata.get("tokenizer.chat_template") else "no")
     yield from _sizes(_config(file))
 
 
