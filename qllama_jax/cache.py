@@ -56,8 +56,7 @@ def init_cache(
     """
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"init_cache: batch_size={batch_size}, max_length={max_length}: below 1")
-    if max_length > MAX_POSITIONS:
-        raise ValueError(f"init_cache: max_length={max_length}: above {MAX_POSITIONS}")
+    _check_positions(max_length)
     B, K, S, H = batch_size, config.num_kv_heads, max_length, config.head_dim
     layers = range(config.num_layers)
     return KVCache(
@@ -73,8 +72,9 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     A poisoned row stays poisoned.
 
     Raises:
-        ValueError: `max_length` is smaller than the room the cache has.
+        ValueError: `max_length` is smaller than the room the cache has, or above 2^20.
     """
+    _check_positions(max_length)
     more = max_length - cache.max_length
     if more < 0:
         raise ValueError(f"resize_cache: max_length={max_length} < {cache.max_length}")
@@ -84,6 +84,11 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
         v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, more))) for v in cache.v),
         lengths=jnp.where(poisoned, max_length + 1, cache.lengths),
     )
+
+
+def _check_positions(max_length: int) -> None:
+    if max_length > MAX_POSITIONS:
+        raise ValueError(f"max_length={max_length}: rotary angles are exact up to {MAX_POSITIONS}")
 
 
 def write(

@@ -163,7 +163,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     options = _options(arguments)
-    model = _load(arguments)
+    file = arguments.chat_template
+    model = _load(arguments, None if file is None else Path(file).read_text(encoding="utf-8"))
     from qllama_jax.chat import converse
 
     def closing_line(last: Piece) -> str:
@@ -228,7 +229,7 @@ def _closing_line(last: Piece, seed: int) -> str:
     )
 
 
-def _load(arguments: argparse.Namespace) -> Model:
+def _load(arguments: argparse.Namespace, chat_template: str | None = None) -> Model:
     """Load the model, with a bar where stderr is a terminal, ready to compile."""
     import jax
 
@@ -241,10 +242,8 @@ def _load(arguments: argparse.Namespace) -> Model:
     except AssertionError:  # how jax says that it has no plugin for the platform
         raise RuntimeError(f"jax finds no device of {jax.config.jax_platforms!r}") from None
 
-    named = getattr(arguments, "chat_template", None)
-    template = None if named is None else Path(named).read_text(encoding="utf-8")
     if not sys.stderr.isatty():
-        return load(arguments.model, chat_template=template)
+        return load(arguments.model, chat_template=chat_template)
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress
 
@@ -255,4 +254,4 @@ def _load(arguments: argparse.Namespace) -> Model:
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return load(arguments.model, chat_template=template, progress=progress)
+        return load(arguments.model, chat_template=chat_template, progress=progress)

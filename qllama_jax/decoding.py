@@ -110,7 +110,7 @@ def start_decoding(
         finish=jnp.full((B,), int(Finish.RUNNING), jnp.int32),
         generated=jnp.zeros((B,), jnp.int32),
     )
-    return _choose(state, logits, sampling, stop_tokens)
+    return _choose(state, logits, sampling.per_row(B), stop_tokens)
 
 
 def decode_many(
@@ -172,12 +172,14 @@ def _choose(
     sampling: Sampling,
     stop_tokens: Int32[Array, " K"],
 ) -> tuple[DecodeState, Float32[Array, " B"]]:
-    """Choose each running row's next token from the logits and see whether it ends the row."""
-    B, _ = logits.shape
+    """Choose each running row's next token from the logits and see whether it ends the row.
+
+    `sampling` holds `per_row` parameters.
+    """
     running = state.finish == int(Finish.RUNNING)
     failed = running & ~jnp.isfinite(jnp.max(logits, axis=-1))
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
-    token = sample(logits, keys, sampling.per_row(B), state.recent)
+    token = sample(logits, keys, sampling, state.recent)
     token = jnp.where(running & ~failed, token, 0)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     logprob = chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -24,7 +24,7 @@ from qllama_jax.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from qllama_jax.metadata import Metadata
 from qllama_jax.params import DenseBlock, Linear, Params
 from qllama_jax.quants import F32, FORMATS
-from qllama_jax.rope import rope_frequencies
+from qllama_jax.rope import RopeFrequencies, rope_frequencies
 from qllama_jax.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -101,13 +101,13 @@ class _Loader:
     def params(self, config: ModelConfig) -> Params:
         V, D = config.vocab_size, config.embed_dim
         tied = "output.weight" not in self.left
-        factors = self.frequency_factors(config.rope_dim // 2)
+        rope = self.rope(config)
         params = Params(
             token_embd=Linear(weight=self.matrix("token_embd.weight", (V, D))),
             blk=tuple(self.block(f"blk.{i}.", config) for i in range(config.num_layers)),
             output_norm=Linear(weight=self.place(self.vector("output_norm.weight", D))),
             output=None if tied else Linear(weight=self.matrix("output.weight", (V, D))),
-            rope=jax.tree.map(self.place, rope_frequencies(config, factors)),
+            rope=jax.tree.map(self.place, rope),
         )
         if self.left:
             names = ", ".join(quoted(name) for name in list(self.left)[:5])
@@ -117,15 +117,18 @@ class _Loader:
             )
         return params
 
-    def frequency_factors(self, pairs: int) -> np.ndarray | None:
-        """What the rotary frequencies are divided by; None where the file has no such tensor."""
-        factors = self.optional_vector("rope_freqs.weight", pairs)
+    def rope(self, config: ModelConfig) -> RopeFrequencies:
+        """Rotary frequencies, divided by the factors of `rope_freqs.weight` if the file has it."""
+        factors = self.optional_vector("rope_freqs.weight", config.rope_dim // 2)
         if factors is not None and not (factors > 0).all():  # NaN is not
             raise GGUFError(
                 f"{self.file.path}: tensor 'rope_freqs.weight': found {factors.min()}, wanted"
                 " numbers above 0, by which frequencies are divided"
             )
-        return factors
+        try:
+            return rope_frequencies(config, factors)
+        except GGUFError as error:
+            raise GGUFError(f"{self.file.path}: {error}") from None
 
     def block(self, prefix: str, config: ModelConfig) -> DenseBlock:
         D, F = config.embed_dim, config.ffn_dim

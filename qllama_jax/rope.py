@@ -57,7 +57,8 @@ def rope_frequencies(
         radians = radians / freq_factors.astype(np.float64)
     radians, magnitude = _scale(radians, config)
     if not np.isfinite(radians).all():
-        raise GGUFError(f"rope: frequencies up to {radians.max()} from {config}")
+        found = f"freq_base {config.rope_theta}, {config.rope_scaling}"
+        raise GGUFError(f"rope: {found} give frequencies up to {radians.max()}")
     turns = radians / (2 * np.pi) % 1.0  # positions are integers: whole turns change nothing
     steps = np.round(turns * 2.0 ** (32 + FINE_BITS)).astype(np.uint64)
     return RopeFrequencies(

@@ -196,6 +196,7 @@ class Session:
         return logits, cache
 
     def _recent(self) -> np.ndarray:
+        """`recent_tokens` of the prompts, in numpy: that would compile for every length anew."""
         recent = np.full((len(self.prompts), PENALTY_WINDOW), -1, np.int32)
         for row, prompt in enumerate(self.prompts):
             tail = prompt[-PENALTY_WINDOW:]
@@ -222,11 +223,10 @@ class Session:
                 if row in self._stopped:
                     continue
                 self.stats.generated_tokens += 1
-                last = before[row] + step + 1 == after[row]
-                code = Finish(int(finish[row])) if last else Finish.RUNNING
-                if code == Finish.ERROR:  # this token is good, the one after it is not
-                    code = Finish.RUNNING
-                if code == Finish.RUNNING and after[row] == self.max_new_tokens and last:
+                count, code = before[row] + step + 1, Finish.RUNNING
+                if count == after[row] and finish[row] == Finish.STOP:
+                    code = Finish.STOP
+                elif count == self.max_new_tokens:
                     code = Finish.LENGTH
                 yield Event(int(row), int(tokens[row, step]), float(logprobs[row, step]), code)
         for row in np.flatnonzero(finish == Finish.ERROR):

