@@ -1,33 +1,28 @@
 """A GGUF file -> a model: reads, checks, packs and places every tensor of the file.
 
-Field names are tensor names, so there is no table of names. The exceptions are two: a missing
-`output.weight` means that the embedding serves as output too, and `rope_freqs.weight` goes into
-the rotary frequencies.
+Field names are tensor names, so there is no table of names. The exceptions are four: a missing
+`output.weight` means that the embedding serves as output too; experts of a tensor each are stacked;
+`attn_qkv` is taken apart; and the factors of rotary frequencies go into those frequencies.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError, quoted
-from qllama_jax.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from qllama_jax.gguf_file import read_gguf
 from qllama_jax.metadata import Metadata
-from qllama_jax.params import DenseBlock, Linear, Params
-from qllama_jax.quants import F32, FORMATS
+from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import RopeFrequencies, rope_frequencies
+from qllama_jax.tensor_reader import Progress, TensorReader, place
 from qllama_jax.tokenizer import Tokenizer
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,145 +74,118 @@ def load(
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)
-    if config.num_experts > 1:
-        raise file.metadata.error(
-            "llama.expert_count", str(config.num_experts), "0 or 1: mixtures are not supported yet"
-        )
-    params = _Loader(file, check_tensors, progress).params(config)
+    params = _params(TensorReader(file, check_tensors, progress), config)
     return Model(params, config, file.metadata, file.path, chat_template)
 
 
-class _Loader:
-    """Takes tensors out of a file by name, each once, and knows what is left."""
+def _params(tensors: TensorReader, config: ModelConfig) -> Params:
+    V, D = config.vocab_size, config.embed_dim
+    rope = _rope(tensors, config)
+    tied = "output.weight" not in tensors
+    params = Params(
+        token_embd=Linear(weight=tensors.matrix("token_embd.weight", (V, D))),
+        blk=tuple(_block(tensors, f"blk.{i}.", config) for i in range(config.num_layers)),
+        output_norm=Linear(weight=place(tensors.vector("output_norm.weight", D))),
+        output=None if tied else Linear(weight=tensors.matrix("output.weight", (V, D))),
+        rope=place(rope),
+    )
+    tensors.check_nothing_left()
+    return params
 
-    def __init__(self, file: GGUFFile, check_tensors: bool, progress: Progress | None) -> None:
-        self.file = file
-        self.left = dict(file.tensors)
-        self.check_tensors = check_tensors
-        self.progress = progress
-        self.bytes_total = sum(tensor.nbytes for tensor in file.tensors.values())
-        self.bytes_done = 0
 
-    def params(self, config: ModelConfig) -> Params:
-        V, D = config.vocab_size, config.embed_dim
-        tied = "output.weight" not in self.left
-        rope = self.rope(config)
-        params = Params(
-            token_embd=Linear(weight=self.matrix("token_embd.weight", (V, D))),
-            blk=tuple(self.block(f"blk.{i}.", config) for i in range(config.num_layers)),
-            output_norm=Linear(weight=self.place(self.vector("output_norm.weight", D))),
-            output=None if tied else Linear(weight=self.matrix("output.weight", (V, D))),
-            rope=jax.tree.map(self.place, rope),
-        )
-        if self.left:
-            names = ", ".join(quoted(name) for name in list(self.left)[:5])
-            raise GGUFError(
-                f"{self.file.path}: {len(self.left)} tensors that no part of the architecture"
-                f" 'llama' uses: {names}"
-            )
-        return params
-
-    def rope(self, config: ModelConfig) -> RopeFrequencies:
-        """Rotary frequencies, divided by the factors of `rope_freqs.weight` if the file has it."""
-        factors = self.optional_vector("rope_freqs.weight", config.rope_dim // 2)
-        if factors is not None and not (factors > 0).all():  # NaN is not
-            raise GGUFError(
-                f"{self.file.path}: tensor 'rope_freqs.weight': found {factors.min()}, wanted"
-                " numbers above 0, by which frequencies are divided"
-            )
-        try:
-            return rope_frequencies(config, factors)
-        except GGUFError as error:
-            raise GGUFError(f"{self.file.path}: {error}") from None
-
-    def block(self, prefix: str, config: ModelConfig) -> DenseBlock:
-        D, F = config.embed_dim, config.ffn_dim
-        NH, KH = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "attn_norm": (D,),
-            "attn_q": (NH, D),
-            "attn_k": (KH, D),
-            "attn_v": (KH, D),
-            "attn_output": (D, NH),
-            "ffn_norm": (D,),
-            "ffn_gate": (F, D),
-            "ffn_up": (F, D),
-            "ffn_down": (D, F),
-        }
-        assert list(shapes) == [field.name for field in dataclasses.fields(DenseBlock)]
+def _block(tensors: TensorReader, prefix: str, config: ModelConfig) -> DenseBlock | MoEBlock:
+    D = config.embed_dim
+    q, k, v = _query_key_value(tensors, prefix, config)
+    attention = {
+        "attn_norm": Linear(weight=place(tensors.vector(prefix + "attn_norm.weight", D))),
+        "attn_q": q,
+        "attn_k": k,
+        "attn_v": v,
+        "attn_output": _linear(
+            tensors, prefix + "attn_output", D, config.num_heads * config.head_dim
+        ),
+        "ffn_norm": Linear(weight=place(tensors.vector(prefix + "ffn_norm.weight", D))),
+    }
+    F, E = config.ffn_dim, config.num_experts
+    if E <= 1:
         return DenseBlock(
-            **{name: self.layer(prefix + name, shape) for name, shape in shapes.items()}
+            **attention,
+            ffn_gate=_linear(tensors, prefix + "ffn_gate", F, D),
+            ffn_up=_linear(tensors, prefix + "ffn_up", F, D),
+            ffn_down=_linear(tensors, prefix + "ffn_down", D, F),
         )
+    return MoEBlock(
+        **attention,
+        ffn_gate_inp=Linear(weight=tensors.matrix(prefix + "ffn_gate_inp.weight", (E, D))),
+        ffn_gate_exps=_experts(tensors, prefix + "ffn_gate", (E, F, D)),
+        ffn_up_exps=_experts(tensors, prefix + "ffn_up", (E, F, D)),
+        ffn_down_exps=_experts(tensors, prefix + "ffn_down", (E, D, F)),
+    )
 
-    def layer(self, name: str, shape: tuple[int, ...]) -> Linear:
-        if len(shape) == 1:
-            return Linear(weight=self.place(self.vector(f"{name}.weight", shape[0])))
-        bias = self.optional_vector(f"{name}.bias", shape[0])
-        return Linear(
-            weight=self.matrix(f"{name}.weight", shape),
-            bias=None if bias is None else self.place(bias),
+
+def _linear(tensors: TensorReader, name: str, out: int, width: int) -> Linear:
+    weight = tensors.matrix(f"{name}.weight", (out, width))
+    return Linear(weight=weight, bias=place(tensors.optional_vector(f"{name}.bias", out)))
+
+
+def _query_key_value(tensors: TensorReader, prefix: str, config: ModelConfig) -> list[Linear]:
+    """Read the three projections, from a tensor each or from one that holds them in this order."""
+    D, H = config.embed_dim, config.head_dim
+    rows = [config.num_heads * H, config.num_kv_heads * H, config.num_kv_heads * H]
+    names = [prefix + "attn_q", prefix + "attn_k", prefix + "attn_v"]
+    fused = prefix + "attn_qkv"
+    if f"{fused}.weight" not in tensors:
+        return [_linear(tensors, name, out, D) for name, out in zip(names, rows, strict=True)]
+    weights = tensors.matrices(f"{fused}.weight", rows, D)
+    together = tensors.optional_vector(f"{fused}.bias", sum(rows))
+    if together is not None:
+        biases = np.split(together, np.cumsum(rows)[:-1])
+    else:  # a fused weight may have separate biases
+        biases = [
+            tensors.optional_vector(f"{name}.bias", out)
+            for name, out in zip(names, rows, strict=True)
+        ]
+    return [Linear(w, place(b)) for w, b in zip(weights, biases, strict=True)]
+
+
+def _experts(tensors: TensorReader, name: str, shape: tuple[int, int, int]) -> Linear:
+    """Read the experts' weights `[E, out, in]`: one tensor, or in older files one an expert."""
+    E, out, width = shape
+    merged, first = f"{name}_exps.weight", f"{name}.0.weight"
+    if merged in tensors:
+        return Linear(weight=tensors.matrix(merged, shape))
+    if first not in tensors:
+        raise GGUFError(
+            f"{tensors.file.path}: tensor {quoted(merged)} is missing, and so is {quoted(first)}"
         )
-
-    def matrix(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A weight `[out, in]`: packed; float32 as a plain array, which it is already."""
-        packed = self.read(name, shape)
-        return jax.tree.map(self.place, packed.w if isinstance(packed, F32) else packed)
-
-    def optional_vector(self, name: str, size: int) -> np.ndarray | None:
-        """A bias or frequency factor as `vector`, None where the file has none."""
-        return self.vector(name, size) if name in self.left else None
-
-    def vector(self, name: str, size: int) -> np.ndarray:
-        """A norm, bias or frequency factor, float32 `[size]` on the host."""
-        return np.asarray(jax.tree.map(self.place, self.read(name, (size,))).dequantize())
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Take a tensor of the file as a Block of numpy arrays."""
-        tensor = self.left.pop(name, None)
-        if tensor is None:
-            raise GGUFError(f"{self.file.path}: tensor {quoted(name)} is missing")
-        if tensor.shape[::-1] != shape:
-            found, wanted = list(tensor.shape), list(shape[::-1])
-            raise GGUFError(
-                f"{self.file.path}: tensor {quoted(name)}: shape {found}, wanted {wanted}"
-            )
-        packed = self.format_of(tensor).from_bytes(tensor.data)
-        if self.check_tensors:
-            self.check_finite(tensor, packed)
-        self.bytes_done += tensor.nbytes
-        if self.progress is not None:
-            self.progress(self.bytes_done, self.bytes_total)
-        return packed
-
-    def format_of(self, tensor: GGUFTensor) -> Any:
-        if tensor.qtype not in FORMATS:
-            known = ", ".join(qtype.name for qtype in sorted(FORMATS))
-            raise GGUFError(
-                f"{self.file.path}: tensor {quoted(tensor.name)}: type {tensor.qtype.name} is not"
-                f" supported; supported are {known}"
-            )
-        return FORMATS[tensor.qtype]
-
-    def check_finite(self, tensor: GGUFTensor, packed: Any) -> None:
-        for field in packed.layout.names:
-            values = getattr(packed, field)
-            bad = _not_finite(values, tensor.qtype.name == "BF16")
-            if bad.any():
-                raise GGUFError(
-                    f"{self.file.path}: tensor {quoted(tensor.name)}: {int(bad.sum())} of its"
-                    f" {values.size} {tensor.qtype.name} field {field!r} are NaN or infinite, the"
-                    f" first at index {list(map(int, np.argwhere(bad)[0]))}; check_tensors=False"
-                    " loads it all the same"
-                )
-
-    @staticmethod
-    def place(array: np.ndarray | np.generic) -> jax.Array:
-        return jax.device_put(array)
+    names = [f"{name}.{e}.weight" for e in range(E)]
+    return Linear(weight=tensors.stacked(names, (out, width)))
 
 
-def _not_finite(values: np.ndarray, bfloat16: bool) -> np.ndarray:
-    if values.dtype.kind == "f":
-        return ~np.isfinite(values)
-    if bfloat16:
-        return (values & 0x7F80) == 0x7F80
-    return np.zeros((), bool)
+def _rope(tensors: TensorReader, config: ModelConfig) -> RopeFrequencies:
+    """Rotary frequencies, divided by the factors that the file has for them."""
+    pairs = config.rope_dim // 2
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        # As llama.cpp run at the file's whole context: one set of factors for all positions.
+        long = _factors(tensors, "rope_factors_long.weight", pairs)
+        short = _factors(tensors, "rope_factors_short.weight", pairs)
+        factors = long if config.context_length > scaling.original_context_length else short
+    elif "rope_freqs.weight" in tensors:
+        factors = _factors(tensors, "rope_freqs.weight", pairs)
+    else:
+        factors = None
+    try:
+        return rope_frequencies(config, factors)
+    except GGUFError as error:
+        raise GGUFError(f"{tensors.file.path}: {error}") from None
+
+
+def _factors(tensors: TensorReader, name: str, pairs: int) -> np.ndarray:
+    factors = tensors.vector(name, pairs)
+    if not (factors > 0).all():  # NaN is not
+        raise GGUFError(
+            f"{tensors.file.path}: tensor {quoted(name)}: found {factors.min()}, wanted numbers"
+            " above 0, by which frequencies are divided"
+        )
+    return factors

@@ -19,7 +19,8 @@ from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import attention, linear, rms_norm, swiglu
 from qllama_jax.matmul import Activations, check_activations, matmul
-from qllama_jax.params import DenseBlock, Linear, Params
+from qllama_jax.moe import Routing, moe_swiglu
+from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.quants import Block, take
 from qllama_jax.rope import rope_cos_sin, rotate
 
@@ -82,7 +83,11 @@ def hidden_states(
     capture: Sequence[str] = (),
     activations: Activations = "float",
 ) -> tuple[Float[Array, "B T D"], KVCache, dict[str, Array]]:
-    """Return the residual stream after the last block (before the output norm), cache and captures.
+    """Return the residual stream after the last block (before the output norm), cache and aux.
+
+    aux holds the captured activations by their names and, for every block that is a mixture of
+    experts, the router's choices: "blk.3.experts" int32 `[B, T, A]` and "blk.3.expert_weights"
+    float32 `[B, T, A]` (see `Routing`).
 
     Args:
         params: the weights.
@@ -92,7 +97,7 @@ def hidden_states(
         lengths: as in `forward`.
         inputs_embeds: `[B, T, D]`, takes the place of the tokens' embeddings.
         tap: `tap(name, x) -> x` is called at each of `sites(config)` and may change x.
-        capture: names out of `sites(config)` whose activations are returned in the third result.
+        capture: names out of `sites(config)` whose activations are returned in aux.
         activations: as in `forward`.
 
     Raises:
@@ -123,23 +128,28 @@ def hidden_states(
     with jax.named_scope("rope"):
         cos_sin = rope_cos_sin(params.rope, positions)
 
-    captured: dict[str, Array] = {}
+    aux: dict[str, Array] = {}
     keys, values = [], []
     for i, block in enumerate(params.blk):
         arguments = (block, x, cache.k[i], cache.v[i], cos_sin, positions, count)
         if tap is None and not capture:
-            x, k, v = _shared_block(*arguments, config=config, activations=activations)
+            x, k, v, routing = _shared_block(*arguments, config=config, activations=activations)
         else:
-            probe = _probe(f"blk.{i}.", tap, frozenset(capture), captured)
-            x, k, v = run_block(*arguments, config=config, activations=activations, probe=probe)
+            probe = _probe(f"blk.{i}.", tap, frozenset(capture), aux)
+            x, k, v, routing = run_block(
+                *arguments, config=config, activations=activations, probe=probe
+            )
         keys.append(k)
         values.append(v)
+        if routing is not None:
+            aux[f"blk.{i}.experts"] = routing.experts
+            aux[f"blk.{i}.expert_weights"] = routing.weights
     cache = KVCache(
         k=tuple(keys),
         v=tuple(values),
         lengths=jnp.where(bad, cache.max_length + 1, start + count),
     )
-    return jnp.where(bad[:, None, None], np.asarray(np.nan, x.dtype), x), cache, captured
+    return jnp.where(bad[:, None, None], np.asarray(np.nan, x.dtype), x), cache, aux
 
 
 def embed(params: Params, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -167,7 +177,7 @@ def unembed(
 
 
 def run_block(
-    block: DenseBlock,
+    block: DenseBlock | MoEBlock,
     x: Float[Array, "B T D"],
     k_cache: Float[Array, "B K S H"],
     v_cache: Float[Array, "B K H S"],
@@ -178,11 +188,12 @@ def run_block(
     config: ModelConfig,
     activations: Activations,
     probe: Tap = lambda _, x: x,
-) -> tuple[Float[Array, "B T D"], Array, Array]:
+) -> tuple[Float[Array, "B T D"], Array, Array, Routing | None]:
     """One transformer block: x + attention(norm(x)), then x + ffn(norm(x)).
 
     Stores keys and values of the first count[b] tokens of row b at positions[b, 0] onwards and
-    returns them with the new residual stream. `probe(site, x) -> x` sees every named activation.
+    returns the new residual stream, both buffers, and what a router chose. `probe(site, x) -> x`
+    sees every named activation.
     """
     B, T, _ = x.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -201,8 +212,14 @@ def run_block(
         x = probe("mid", x + probe("attn_out", linear(y, block.attn_output, activations)))
     with jax.named_scope("mlp"):
         y = probe("ffn_norm", rms_norm(x, block.ffn_norm.weight, config.norm_eps))
-        x = probe("out", x + probe("ffn_out", swiglu(y, block, activations)))
-    return x, k_cache, v_cache
+        routing = None
+        if isinstance(block, MoEBlock):
+            counted = np.arange(T, dtype=np.int32)[None] < count[:, None]
+            y, routing = moe_swiglu(y, counted, block, config.num_experts_per_token, activations)
+        else:
+            y = swiglu(y, block, activations)
+        x = probe("out", x + probe("ffn_out", y))
+    return x, k_cache, v_cache, routing
 
 
 # Layers of equal shapes and formats share one trace and one computation of the lowered module:

@@ -37,11 +37,30 @@ class DenseBlock:
 
 
 @struct.dataclass
+class MoEBlock:
+    """One transformer block whose feed-forward layer is a mixture of E experts.
+
+    The weights of the experts are stacked, `[E, out, in]`; `ffn_gate_inp` is the router, `[E, D]`.
+    """
+
+    attn_norm: Linear
+    attn_q: Linear
+    attn_k: Linear
+    attn_v: Linear
+    attn_output: Linear
+    ffn_norm: Linear
+    ffn_gate_inp: Linear
+    ffn_gate_exps: Linear
+    ffn_up_exps: Linear
+    ffn_down_exps: Linear
+
+
+@struct.dataclass
 class Params:
     """All weights. `output` is None where the file ties it to `token_embd`, which is kept once."""
 
     token_embd: Linear
-    blk: tuple[DenseBlock, ...]
+    blk: tuple[DenseBlock | MoEBlock, ...]
     output_norm: Linear
     output: Linear | None
     rope: RopeFrequencies

@@ -45,11 +45,12 @@ def rope_frequencies(
 ) -> RopeFrequencies:
     """Return base^(-2i / rope_dim) / freq_factors[i] radians a position, scaled, as turns (numpy).
 
-    Sources: Su et al. 2021 (RoFormer); `rope_freqs.weight` of Llama 3.1 and the kinds of scaling as
-    ggml's ggml_rope_ext: linear (Chen et al. 2023) and yarn (Peng et al. 2023).
+    Sources: Su et al. 2021 (RoFormer); the factors of Llama 3.1 and the kinds of scaling as ggml's
+    ggml_rope_ext: linear (Chen et al. 2023), yarn (Peng et al. 2023) and longrope (Ding et al.
+    2024), whose factors for short or for long contexts are given as `freq_factors`.
 
     Raises:
-        GGUFError: a kind of scaling that needs more than this, or constants without a meaning.
+        GGUFError: constants without a meaning.
     """
     exponent = np.arange(0, config.rope_dim, 2, dtype=np.float64) / config.rope_dim
     radians = config.rope_theta**-exponent
@@ -72,10 +73,8 @@ def _scale(radians: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, float]
     scaling = config.rope_scaling
     if scaling is None:
         return radians, 1.0
-    if scaling.kind == "linear":
+    if scaling.kind != "yarn":  # longrope is linear besides its factors
         return radians / scaling.factor, scaling.attn_factor
-    if scaling.kind != "yarn":
-        raise GGUFError(f"rope scaling {scaling.kind!r} is not supported: linear and yarn are")
     if config.rope_theta <= 1:
         raise GGUFError(f"rope scaling 'yarn': freq_base {config.rope_theta}, wanted above 1")
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from qllama_jax.matmul import xla
 from qllama_jax.quants import Block
@@ -43,18 +44,38 @@ def matmul(
     Differentiable in reverse mode with respect to x and to plain arrays; a packed weight has no
     gradient, and no forward mode (`jax.jvp`).
     """
-    check_activations(activations)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"matmul: x is {x.dtype}, expected floating-point activations")
-    if x.shape[-1] != w.shape[-1]:
-        raise ValueError(f"matmul: x {x.shape} and w {w.shape} differ in their last axis")
+    _check_operands(x, w, activations)
     return _multiply(w, x, activations)
+
+
+def matmul_expert(
+    x: Float[Array, "*batch in"],
+    w: Any,
+    expert: Int32[Array, ""],
+    *,
+    activations: Activations = "float",
+) -> Float[Array, "*batch out"]:
+    """Compute x @ dequantize(w)[expert].T for stacked weights `[E, out, in]`.
+
+    Only that expert's bytes are read. `expert`, an int32 scalar, may be traced; it must lie in
+    0..E-1. All else, errors included, is as in `matmul`.
+    """
+    _check_operands(x, w, activations)
+    return _multiply_expert(w, x, expert, activations)
 
 
 def check_activations(activations: str) -> None:
     """Raise ValueError unless `activations` names a way to multiply."""
     if activations not in get_args(Activations):
         raise ValueError(f"activations={activations!r}: expected one of {get_args(Activations)}")
+
+
+def _check_operands(x: Array, w: Any, activations: str) -> None:
+    check_activations(activations)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"matmul: x is {x.dtype}, expected floating-point activations")
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"matmul: x {x.shape} and w {w.shape} differ in their last axis")
 
 
 @functools.singledispatch
@@ -64,11 +85,34 @@ def _multiply(w: Any, x: Float[Array, "*batch in"], activations: Activations) ->
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype), precision=xla.precision(x.dtype))
 
 
+@functools.singledispatch
+def _multiply_expert(
+    w: Any, x: Float[Array, "*batch in"], expert: Int32[Array, ""], activations: Activations
+) -> Array:
+    if not isinstance(w, jax.Array):
+        raise TypeError(f"no matmul_expert is registered for weights of type {type(w).__name__}")
+    return _multiply(w[expert], x, activations)
+
+
 register = _multiply.register
+register_expert = _multiply_expert.register
 
 
 @register
 def _(w: Block, x: Float[Array, "*batch in"], activations: Activations) -> Array:
-    if w.block_size > 1:  # numbers that are floats in the file meet float activations
-        x = xla.round_activations(x, activations)
-    return xla.matmul_blocks(x, w)
+    out, _ = w.shape
+    return xla.matmul_rows(_rounded(x, w, activations), w, np.int32(0), out)
+
+
+@register_expert
+def _(
+    w: Block, x: Float[Array, "*batch in"], expert: Int32[Array, ""], activations: Activations
+) -> Array:
+    _, out, _ = w.shape
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), w)
+    return xla.matmul_rows(_rounded(x, w, activations), rows, expert * np.int32(out), out)
+
+
+def _rounded(x: Float[Array, "*batch in"], w: Block, activations: Activations) -> Array:
+    # Numbers that are floats in the file meet float activations.
+    return x if w.block_size == 1 else xla.round_activations(x, activations)

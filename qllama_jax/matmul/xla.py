@@ -6,6 +6,7 @@ lives at any moment is one tile, whatever the size of the weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from qllama_jax.quants import Block
 
@@ -50,69 +51,77 @@ def round_activations(x: Float[Array, "*batch in"], activations: str) -> Float[A
     return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))
 
 
-@jax.custom_vjp
-def matmul_blocks(x: Float[Array, "*batch in"], w: Block) -> Float[Array, "*batch out"]:
-    """Compute x @ w.dequantize().T, a tile of rows of w at a time.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def matmul_rows(
+    x: Float[Array, "*batch in"], w: Block, first: Int32[Array, ""], count: int
+) -> Float[Array, "*batch out"]:
+    """Compute x @ w.dequantize()[first : first + count].T, a tile of rows of w at a time.
 
     Differentiable with respect to x alone: the backward pass dequantizes the tiles again, so the
     forward pass keeps no dense weight; packed leaves have no gradient.
     """
     *batch, width = x.shape
     rows = x.reshape(-1, width)
-    out, _ = w.shape
 
     def write_tile(tile: Tile, y: Array) -> Array:
         product = _dot(rows, tile.dense.T)
         return lax.dynamic_update_slice(y, product, (np.int32(0), tile.start))
 
-    y = _over_tiles(w, write_tile, jnp.zeros((rows.shape[0], out), jnp.float32))
-    return y.reshape(*batch, out).astype(x.dtype)
+    init = jnp.zeros((rows.shape[0], count), jnp.float32)
+    y = _over_tiles(w, first, count, write_tile, init)
+    return y.reshape(*batch, count).astype(x.dtype)
 
 
-def _forward(x: Array, w: Block) -> tuple[Array, Block]:
-    return matmul_blocks(x, w), w
+def _forward(x: Array, w: Block, first: Array, count: int) -> tuple[Array, tuple[Block, Array]]:
+    return matmul_rows(x, w, first, count), (w, first)
 
 
-def _backward(w: Block, dy: Float[Array, "*batch out"]) -> tuple[Array, None]:
-    *batch, out = dy.shape
-    rows = dy.reshape(-1, out)
+def _backward(
+    count: int, residuals: tuple[Block, Array], dy: Float[Array, "*batch out"]
+) -> tuple[Array, None, None]:
+    w, first = residuals
+    *batch, _ = dy.shape
+    rows = dy.reshape(-1, count)
     _, width = w.shape
 
     def add_tile(tile: Tile, dx: Array) -> Array:
         slab = lax.dynamic_slice_in_dim(rows, tile.start, tile.fresh.size, axis=1)
         return dx + _dot(jnp.where(tile.fresh[None], slab, 0), tile.dense)
 
-    dx = _over_tiles(w, add_tile, jnp.zeros((rows.shape[0], width), jnp.float32))
-    return dx.reshape(*batch, width).astype(dy.dtype), None
+    init = jnp.zeros((rows.shape[0], width), jnp.float32)
+    dx = _over_tiles(w, first, count, add_tile, init)
+    return dx.reshape(*batch, width).astype(dy.dtype), None, None
 
 
-matmul_blocks.defvjp(_forward, _backward)
+matmul_rows.defvjp(_forward, _backward)
 
 
 class Tile(NamedTuple):
-    """Some consecutive rows of a weight."""
+    """Some consecutive rows of those that are multiplied."""
 
-    start: Array  # int32: the first row
+    start: Array  # int32: the first of them
     fresh: Array  # bool[tile]: False for rows that the tile before held already
     dense: Array  # float32[tile, in]
 
 
-def _over_tiles(w: Block, visit: Callable[[Tile, Array], Array], init: Array) -> Array:
-    """Fold `visit(tile, carry)` over all tiles of w."""
-    out, width = w.shape
+def _over_tiles(
+    w: Block, first: Array, count: int, visit: Callable[[Tile, Array], Array], init: Array
+) -> Array:
+    """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
+    _, width = w.shape
     # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
     # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
-    size = max(1, min(-(-out // 2), TILE_VALUES // width))
+    size = max(1, min(-(-count // 2), TILE_VALUES // width))
 
     def body(i: Array, carry: Array) -> Array:
-        # Where `size` does not divide `out` the last tile starts earlier and repeats some rows.
-        start = jnp.minimum(i * size, out - size)
+        # Where `size` does not divide `count` the last tile starts earlier and repeats some rows.
+        start = jnp.minimum(i * size, count - size)
         fresh = start + np.arange(size, dtype=np.int32) >= i * size
-        packed = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), w)
+        packed = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first + start, size), w)
         # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
         return visit(Tile(start, fresh, lax.optimization_barrier(packed).dequantize()), carry)
 
-    return lax.fori_loop(0, -(-out // size), body, init)
+    return lax.fori_loop(0, -(-count // size), body, init)
 
 
 def _dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float32[Array, "n m"]:
