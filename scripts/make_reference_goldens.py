@@ -55,6 +55,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "yarn_rope_freqs": {"rope_freqs": True, "metadata": _YARN},
     "yarn_that_shrinks": {"metadata": {**_YARN, f"{_SCALING}factor": 0.5}},
+    "longrope_long": {
+        "longrope": True,
+        "metadata": {f"{_SCALING}type": "longrope", f"{_SCALING}original_context_length": 32},
+    },
+    "longrope_short": {
+        "longrope": True,
+        "metadata": {f"{_SCALING}type": "longrope", f"{_SCALING}attn_factor": 1.25},
+    },
+    "fused_qkv": {"fused_qkv": True, "seed": 1},
+    "fused_qkv_biases": {"fused_qkv": True, "biases": True, "seed": 1},
     "experts": {"experts": 4, "experts_used": 2},
     "experts_all_used": {"experts": 3, "experts_used": 3},
     "experts_one_used": {"experts": 8, "experts_used": 1, "kv_heads": 4},

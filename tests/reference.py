@@ -105,9 +105,10 @@ class Reference:
         start = len(old_keys)
         positions = np.arange(start, start + T)
 
-        q = self._linear(f"blk.{i}.attn_q", x).reshape(T, N, self.key_length)
-        k = self._linear(f"blk.{i}.attn_k", x).reshape(T, K, self.key_length)
-        v = self._linear(f"blk.{i}.attn_v", x).reshape(T, K, self.value_length)
+        q, k, v = self._query_key_value(i, x)
+        q = q.reshape(T, N, self.key_length)
+        k = k.reshape(T, K, self.key_length)
+        v = v.reshape(T, K, self.value_length)
         q, k = self._rotate(q, positions), self._rotate(k, positions)
         keys, values = past[i] = np.concatenate([old_keys, k]), np.concatenate([old_values, v])
 
@@ -118,6 +119,16 @@ class Reference:
             future = np.arange(start + T)[None, :] > positions[:, None]
             attended[:, n] = softmax(np.where(future, -np.inf, scores)) @ values[:, kv]
         return self._linear(f"blk.{i}.attn_output", attended.reshape(T, -1))
+
+    def _query_key_value(self, i: int, x: Float64) -> tuple[Float64, Float64, Float64]:
+        """The three projections, from a matrix each or from one with all their rows."""
+        if f"blk.{i}.attn_qkv.weight" in self.tensors:
+            together = self._linear(f"blk.{i}.attn_qkv", x)
+            end_q = self.num_heads * self.key_length
+            end_k = end_q + self.num_kv_heads * self.key_length
+            return together[:, :end_q], together[:, end_q:end_k], together[:, end_k:]
+        q, k, v = (self._linear(f"blk.{i}.attn_{name}", x) for name in "qkv")
+        return q, k, v
 
     def _feed_forward(self, i: int, x: Float64) -> Float64:
         if f"blk.{i}.ffn_gate_inp.weight" in self.tensors:
@@ -175,12 +186,17 @@ class Reference:
             return frequencies, magnitude
         if kind == "linear":
             return frequencies / factor, magnitude
+        context = self._key("rope.scaling.original_context_length", self._key("context_length"))
+        if kind == "longrope":
+            # One set of factors, by the context that the model is run at: here the file's.
+            size = "long" if self._key("context_length") > context else "short"
+            factors = self._weight(f"rope_factors_{size}.weight")
+            return frequencies / factors / factor, magnitude
         if kind != "yarn":
             raise NotImplementedError(f"rope scaling {kind!r}")
 
         # YaRN: fast pairs keep their angle, slow ones are stretched, between them it is blended.
         # A pair is fast if it turns more than 32 times in the original context, slow below once.
-        context = self._key("rope.scaling.original_context_length", self._key("context_length"))
 
         def pair_that_turns(times: float) -> float:
             return dims * math.log(context / (times * 2 * math.pi)) / (2 * math.log(base))

@@ -383,17 +383,62 @@ def test_an_unsupported_type_is_refused_with_the_supported_ones(tiny_llama: Tiny
     assert set(message.split("supported are ")[1].split(", ")) == set(FORMATS)
 
 
-def test_a_rope_scaling_that_is_not_supported_is_refused(tiny_llama: TinyLlama):
-    path = tiny_llama(layers=1, metadata={"llama.rope.scaling.type": "longrope"})
-    with pytest.raises(ql.GGUFError, match="rope scaling 'longrope'") as caught:
-        ql.load(path)
-    assert str(path) in str(caught.value)
+@pytest.mark.parametrize("kind", ["long", "short"])
+def test_longrope_without_its_factors_is_refused(tiny_llama: TinyLlama, tmp_path: Path, kind: str):
+    keys = {"llama.rope.scaling.type": "longrope"}
+    name = f"rope_factors_{kind}.weight"
+    whole = tiny_llama(layers=1, longrope=True, metadata=keys)
+    assert refused(edited(whole, tmp_path / "a.gguf", drop=name)) == (f"tensor {name!r} is missing")
 
 
-def test_a_mixture_of_experts_is_refused(tiny_llama: TinyLlama):
-    message = refused(tiny_llama("Q8_0", experts=4, experts_used=2))
-    assert "key 'llama.expert_count'" in message
-    assert "found 4, wanted 0 or 1: mixtures are not supported yet" in message
+def test_longrope_factors_of_a_file_without_longrope_are_refused(tiny_llama: TinyLlama):
+    message = refused(tiny_llama(layers=1, longrope=True))
+    assert "2 tensors that no part of the architecture 'llama' uses: 'rope_factors_" in message
+
+
+EXPERTS: dict[str, Any] = {"layers": 1, "experts": 4, "experts_used": 2}
+
+
+def test_an_expert_that_is_missing_is_named(tiny_llama: TinyLlama, tmp_path: Path):
+    name = "blk.0.ffn_up.2.weight"
+    path = edited(tiny_llama("Q8_0", **EXPERTS, merged=False), tmp_path / "a.gguf", drop=name)
+    assert refused(path) == f"tensor {name!r} is missing"
+    name = "blk.0.ffn_up_exps.weight"
+    path = edited(tiny_llama("Q8_0", **EXPERTS), tmp_path / "b.gguf", drop=name)
+    assert refused(path) == f"tensor {name!r} is missing, and so is 'blk.0.ffn_up.0.weight'"
+
+
+def test_one_expert_too_many_is_refused(tiny_llama: TinyLlama, tmp_path: Path):
+    keys = {"llama.expert_count": 3}
+    path = edited(tiny_llama("Q8_0", **EXPERTS), tmp_path / "a.gguf", keys=keys)
+    assert refused(path).startswith("tensor 'blk.0.ffn_gate_inp.weight': shape [256, 4], wanted")
+    path = edited(
+        tiny_llama("Q8_0", **EXPERTS, merged=False),
+        tmp_path / "b.gguf",
+        keys=keys,
+        tensors={"blk.0.ffn_gate_inp.weight": np.zeros((3, 256), np.float32)},
+    )
+    assert "3 tensors that no part of the architecture 'llama' uses: 'blk.0.ffn_gate.3" in refused(
+        path
+    )
+
+
+def test_experts_in_a_file_that_says_it_has_none_are_refused(tiny_llama: TinyLlama, tmp_path: Path):
+    keys = {"llama.expert_count": None, "llama.expert_used_count": None}
+    path = edited(tiny_llama("Q8_0", **EXPERTS), tmp_path / "a.gguf", keys=keys)
+    assert refused(path) == "tensor 'blk.0.ffn_gate.weight' is missing"
+
+
+def test_experts_without_a_number_used_are_refused(tiny_llama: TinyLlama, tmp_path: Path):
+    keys = {"llama.expert_used_count": None}
+    path = edited(tiny_llama("Q8_0", **EXPERTS), tmp_path / "a.gguf", keys=keys)
+    assert "llama.expert_used_count" in refused(path)
+
+
+def test_a_fused_projection_of_another_size_is_refused(tiny_llama: TinyLlama, tmp_path: Path):
+    keys = {"llama.attention.head_count_kv": 4}
+    path = edited(tiny_llama("Q8_0", layers=1, fused_qkv=True), tmp_path / "a.gguf", keys=keys)
+    assert refused(path) == ("tensor 'blk.0.attn_qkv.weight': shape [256, 512], wanted [256, 768]")
 
 
 def test_another_architecture_is_refused(tiny_llama: TinyLlama, tmp_path: Path):

@@ -115,6 +115,11 @@ YARN = {
     "llama.rope.scaling.factor": 4.0,
     "llama.rope.scaling.original_context_length": 64,
 }
+LONGROPE = {
+    "llama.rope.scaling.type": "longrope",
+    "llama.rope.scaling.attn_factor": 1.19,
+    "llama.rope.scaling.original_context_length": 64,
+}
 LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
@@ -127,6 +132,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_freqs": {"rope_freqs": True, "metadata": LLAMA3},
     "linear": {"metadata": LINEAR},
     "yarn": {"metadata": YARN},
+    "longrope_long": {"longrope": True, "metadata": LONGROPE},
+    "longrope_short": {"longrope": True, "metadata": LONGROPE, "context_length": 64},
+    "fused": {"fused_qkv": True, "seed": 1},
+    "fused_with_biases": {"fused_qkv": True, "biases": True},
+    "experts": {"experts": 4, "experts_used": 2},
+    "experts_apart": {"experts": 4, "experts_used": 2, "merged": False, "seed": 1},
+    "top_1": {"experts": 8, "experts_used": 1},
+    "all_experts": {"experts": 3, "experts_used": 3},
+    "one_expert": {"seed": 2, "metadata": {"llama.expert_count": 1}},
     "large_eps": {"metadata": {"llama.attention.layer_norm_rms_epsilon": 0.5}},
     "three_layers": {"layers": 3},
 }

@@ -193,9 +193,15 @@ def test_freq_factors_come_before_yarn():
     assert_are_the_angles(cos_sin_of(config, POSITIONS, factors), wanted, magnitude)
 
 
-def test_longrope_is_refused():
-    with pytest.raises(GGUFError, match=r"'longrope' is not supported: linear and yarn are"):
-        rope_frequencies(config_of(scaling=scaled("longrope", 4.0)))
+def test_longrope_divides_by_its_factors_and_by_the_scale():
+    factors = np.geomspace(1, 16, 64).astype(np.float32)
+    found = rope_frequencies(config_of(scaling=scaled("longrope", 4.0)), factors)
+    wanted = rope_frequencies(config_of(scaling=scaled("linear", 4.0)), factors)
+    np.testing.assert_array_equal(found.coarse, wanted.coarse)
+    np.testing.assert_array_equal(found.fine, wanted.fine)
+    plain = rope_frequencies(config_of())
+    turns = found.coarse.astype(np.float64) / plain.coarse
+    np.testing.assert_allclose(turns[:8], 1 / (4 * factors[:8].astype(np.float64)), rtol=1e-6)
 
 
 # Rotation.

@@ -44,6 +44,8 @@ def write_tiny_llama(
     merged: bool = True,
     rope_freqs: bool = False,
     biases: bool = False,
+    fused_qkv: bool = False,
+    longrope: bool = False,
     context_length: int = 512,
     tokenizer: str | None = "llama",
     metadata: Mapping[str, Any] | None = None,
@@ -52,7 +54,9 @@ def write_tiny_llama(
     """Write a model of architecture "llama" to `path` and return it.
 
     Vectors and the router are F32 whatever `qtype` says, unless a mapping names them. K-quants need
-    `embed` and `ffn` in multiples of 256. `head_dim` writes key_length and value_length too.
+    `embed` and `ffn` in multiples of 256. `fused_qkv` joins the tensors of attn_q, attn_k and
+    attn_v, which must have one format. `longrope` adds factors for short and for long contexts.
+    `head_dim` writes key_length and value_length too.
     `tokenizer` is "llama" (SentencePiece with byte tokens), "gpt2" (byte-level BPE) or None.
     `metadata` adds or replaces keys: int as uint32, float as float32, None drops the key, a pair
     (value, GGUFValueType) says the type.
@@ -89,7 +93,14 @@ def write_tiny_llama(
         shapes["output.weight"] = (vocab, embed)
     for name, shape in shapes.items():
         weights = random_weights(name, shape, seed)
-        if name.endswith("_exps.weight") and not merged:
+        if fused_qkv and ("attn_k." in name or "attn_v." in name):
+            continue
+        if fused_qkv and "attn_q." in name:
+            parts = [name.replace("attn_q", part) for part in ("attn_k", "attn_v")]
+            others = [random_weights(part, shapes[part], seed) for part in parts]
+            joined = np.concatenate([weights, *others])
+            add_tensor(writer, name.replace("attn_q", "attn_qkv"), joined, qtype)
+        elif name.endswith("_exps.weight") and not merged:
             for e in range(experts):
                 one = name.replace("_exps.weight", f".{e}.weight")
                 add_tensor(writer, one, weights[e], qtype)
@@ -99,6 +110,10 @@ def write_tiny_llama(
         # Like Llama 3.1's: fast pairs as they are, slow ones stretched up to 8 times.
         factors = np.geomspace(1, 8, width // 2, dtype=np.float32)
         add_tensor(writer, "rope_freqs.weight", factors, qtype)
+    if longrope:
+        for kind, most in (("long", 16), ("short", 2)):
+            factors = np.geomspace(1, most, width // 2, dtype=np.float32)
+            add_tensor(writer, f"rope_factors_{kind}.weight", factors, qtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -101,7 +101,7 @@ register_expert = _multiply_expert.register
 @register
 def _(w: Block, x: Float[Array, "*batch in"], activations: Activations) -> Array:
     out, _ = w.shape
-    return xla.matmul_rows(_rounded(x, w, activations), w, np.int32(0), out)
+    return xla.matmul_rows(_rounded(x, w, activations), w, jnp.int32(0), out)
 
 
 @register_expert
