@@ -100,13 +100,11 @@ class TensorReader:
         return FORMATS[tensor.qtype]
 
     def _check_finite(self, tensor: GGUFTensor, packed: Any) -> None:
-        for field in packed.layout.names:
-            values = getattr(packed, field)
-            bad = _not_finite(values, tensor.qtype.name == "BF16")
+        for field, bad in packed.non_finite().items():
             if bad.any():
                 raise GGUFError(
                     f"{self.file.path}: tensor {quoted(tensor.name)}: {int(bad.sum())} of its"
-                    f" {values.size} {tensor.qtype.name} field {field!r} are NaN or infinite, the"
+                    f" {bad.size} {tensor.qtype.name} field {field!r} are NaN or infinite, the"
                     f" first at index {list(map(int, np.argwhere(bad)[0]))}; check_tensors=False"
                     " loads it all the same"
                 )
@@ -120,11 +118,3 @@ def place(tree: Any) -> Any:
 def plain_if_f32(packed: Any) -> Any:
     """Return the array itself for F32 blocks, which it is already."""
     return packed.w if isinstance(packed, F32) else packed
-
-
-def _not_finite(values: np.ndarray, bfloat16: bool) -> np.ndarray:
-    if values.dtype.kind == "f":
-        return ~np.isfinite(values)
-    if bfloat16:
-        return (values & 0x7F80) == 0x7F80
-    return np.zeros((), bool)

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as QType
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, dequantize, random_blocks
 from gguf_bytes import read_with_gguf_py
+from qllama_jax import quants
 from qllama_jax.quants import Block
 
 FORMATS = (
@@ -375,12 +376,42 @@ def test_a_frequency_factor_of_0_or_below_is_refused(
         assert message.startswith(f"tensor 'rope_freqs.weight': found {value}, wanted")
 
 
-@pytest.mark.parametrize("qtype", ["IQ4_NL", "TQ2_0", "IQ1_M"])
-def test_an_unsupported_type_is_refused_with_the_supported_ones(tiny_llama: TinyLlama, qtype: str):
+def test_an_unsupported_type_is_refused_with_the_supported_ones(
+    tiny_llama: TinyLlama, tmp_path: Path
+):
+    down = {DOWN: np.zeros((256, 512), np.int32)}
+    message = refused(edited(tiny_llama("Q8_0"), tmp_path / "a.gguf", tensors=down))
+    assert message.startswith(f"tensor {DOWN!r}: type I32 is not supported; supported are ")
+    names = {qtype.name for qtype in quants.FORMATS}
+    assert set(message.split("supported are ")[1].split(", ")) == names
+
+
+@pytest.mark.parametrize(("qtype", "field"), [("IQ1_M", "scales"), ("MXFP4", "e"), ("IQ4_XS", "d")])
+def test_scales_that_are_no_float_field_are_looked_at_too(
+    tiny_llama: TinyLlama, qtype: str, field: str
+):
     path = tiny_llama({"*": "Q8_0", DOWN: qtype})
-    message = refused(path)
-    assert message.startswith(f"tensor {DOWN!r}: type {qtype} is not supported; supported are ")
-    assert set(message.split("supported are ")[1].split(", ")) == set(FORMATS)
+    ql.load(path)
+    raw = bytearray(path.read_bytes())
+    tensor = ql.read_gguf(path).tensors[DOWN]
+    size, nbytes = BLOCK_SIZES[tensor.qtype]
+    block = raw[tensor.offset + 5 * nbytes : tensor.offset + 6 * nbytes]
+    if qtype == "IQ1_M":
+        for at, nibble in zip((49, 51, 53, 55), (0, 0, 0xC, 0x7), strict=True):
+            block[at] = (block[at] & 0x0F) | nibble << 4
+    elif qtype == "MXFP4":
+        block[0] = 255
+    else:
+        block[:2] = np.array([np.nan], "<f2").tobytes()
+    raw[tensor.offset + 5 * nbytes : tensor.offset + 6 * nbytes] = block
+    other = path.with_name(f"{qtype}.gguf")
+    other.write_bytes(raw)
+    row, column = divmod(5, 512 // size)
+    assert f"1 of its {256 * 512 // size} {qtype} field {field!r} are NaN or infinite" in (
+        message := refused(other)
+    )
+    assert f"the first at index [{row}, {column}]" in message
+    ql.load(other, check_tensors=False)
 
 
 @pytest.mark.parametrize("kind", ["long", "short"])

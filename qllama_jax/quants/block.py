@@ -50,6 +50,11 @@ class Block:
         """Return the values, bit-equal to ggml's dequantize_row of this type."""
         raise NotImplementedError
 
+    def non_finite(self) -> dict[str, np.ndarray]:
+        """Return which items of each field on the host make weights NaN or infinite."""
+        fields = zip(self.layout.names or (), self._leaves, strict=True)
+        return {name: ~np.isfinite(leaf) for name, leaf in fields if leaf.dtype.kind == "f"}
+
     @property
     def _leaves(self) -> list[Leaf]:
         return [getattr(self, name) for name in self.layout.names or ()]

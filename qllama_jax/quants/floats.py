@@ -42,3 +42,7 @@ class BF16(Block):
     def dequantize(self) -> Float32[Array, "*out in"]:
         """Return the float32 whose upper half is w."""
         return jax.lax.bitcast_convert_type(self.w.astype(jnp.uint32) << np.uint32(16), jnp.float32)
+
+    def non_finite(self) -> dict[str, np.ndarray]:
+        """As in `Block`."""
+        return {"w": (np.asarray(self.w) & np.uint16(0x7F80)) == 0x7F80}
