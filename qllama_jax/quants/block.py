@@ -15,20 +15,21 @@ from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 import jax
 import numpy as np
 from flax import struct
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxtyping import Array, Float32, UInt8
+
+from qllama_jax.tensor_types import BLOCK_SIZES, TensorType
 
 # A pytree node must accept whatever a tree.map puts in place of an array (shapes, specs, None),
 # so the fields of a struct are not type-checked; their dtypes and shapes stand in `layout`.
 Leaf = Any
 
-FORMATS: dict[GGMLQuantizationType, type[Block]] = {}
+FORMATS: dict[TensorType, type[Block]] = {}
 
 
 class Block:
     """A weight in ggml blocks; logical shape `[*out, nb * block_size]`, values `dequantize()`."""
 
-    qtype: ClassVar[GGMLQuantizationType]
+    qtype: ClassVar[TensorType]
     block_size: ClassVar[int]  # values a block
     layout: ClassVar[np.dtype]  # the block struct, byte for byte
 
@@ -87,14 +88,14 @@ BlockType = TypeVar("BlockType", bound=type[Block])
 
 @dataclass_transform(frozen_default=True)
 def block_format(
-    qtype: GGMLQuantizationType, fields: list[tuple[Any, ...]]
+    qtype: TensorType, fields: list[tuple[Any, ...]]
 ) -> Callable[[BlockType], BlockType]:
     """Register a Block class as the format of `qtype`, with its struct as numpy dtype fields.
 
     The struct's size is held against ggml's own table, as ggml's static_assert does.
     """
     layout = np.dtype(fields)
-    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    block_size, type_size = BLOCK_SIZES[qtype]
     assert layout.itemsize == type_size, (qtype.name, layout.itemsize, type_size)
 
     def register(cls: BlockType) -> BlockType:
