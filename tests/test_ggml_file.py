@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as QType
 
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, dequantize
@@ -154,7 +154,7 @@ def test_scores_are_the_files_own_where_it_has_them_and_else_those_of_llama(sour
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for kind, name in CASES if kind == "GGJT v3" and name != "BF16"]
+    [(kind, name) for kind, name in CASES if kind == "GGJT v3" and name not in ("BF16", "Q8_K")]
     + [("GGJT v2", "Q5_0"), ("GGJT v2", "Q5_1"), ("GGJT v1", "F16"), ("GGMF v1", "F32")],
 )
 def test_candles_own_reader_finds_the_same(
@@ -202,7 +202,7 @@ def test_grouped_queries_are_inferred_and_a_given_number_must_agree(
         ql.load(source, gqa=2)
     assert not isinstance(caught.value, GGUFError)
     for kv_heads in (1, 4):
-        options = OPTIONS | {"kv_heads": kv_heads, "layers": 1}
+        options: dict[str, Any] = OPTIONS | {"kv_heads": kv_heads, "layers": 1}
         gguf_path = write_tiny_llama(tmp_path / "s.gguf", "F32", **options)
         path.write_bytes(legacy_file(gguf_path, "GGJT v1", "Q4_2").encode())
         assert ql.load(path, gqa=4 // kv_heads).config.num_kv_heads == kv_heads
@@ -395,8 +395,6 @@ def test_tensors_may_come_in_any_order(tmp_path: Path, source: Path):
 
 
 def _leaves(model: ql.Model) -> list[np.ndarray]:
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(model.params)]
 
 
@@ -410,4 +408,3 @@ def test_scales_that_are_not_finite_are_refused_with_the_name_of_the_format(
     path.write_bytes(file.encode())
     wanted = r"ffn_gate\.weight': 1 of its 2048 Q8_0 \(GGJT v2\) field 'd' are NaN or infinite"
     assert re.search(wanted, refused(path))
-    assert QType.Q8_0.name == "Q8_0"  # and GGUF's own keeps its name
