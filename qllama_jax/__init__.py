@@ -24,6 +24,7 @@ from qllama_jax.gguf_file import read_gguf
 from qllama_jax.load import Model, load
 from qllama_jax.matmul import matmul
 from qllama_jax.model import embed, forward, hidden_states, sites, unembed
+from qllama_jax.model_file import read_model_file
 from qllama_jax.params import Params
 from qllama_jax.quants import Block
 from qllama_jax.sampling import Sampling
@@ -59,6 +60,7 @@ __all__ = [
     "matmul",
     "prefill",
     "read_gguf",
+    "read_model_file",
     "recent_tokens",
     "resize_cache",
     "row_keys",

@@ -174,18 +174,18 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from qllama_jax.gguf_file import read_gguf
     from qllama_jax.info import describe
+    from qllama_jax.model_file import read_model_file
 
-    for line in describe(read_gguf(arguments.model)):
+    for line in describe(read_model_file(arguments.model)):
         print(line)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from qllama_jax.gguf_file import read_gguf
     from qllama_jax.info import by_qtype
+    from qllama_jax.model_file import read_model_file
 
-    qtype = next(iter(by_qtype(read_gguf(arguments.model))), "none")
+    qtype = next(iter(by_qtype(read_model_file(arguments.model))), "none")
     began = time.perf_counter()
     model = _load(arguments)
     load_seconds = time.perf_counter() - began

@@ -32,6 +32,7 @@ _FOREIGN = {
     b"fmgg": "a legacy GGMF model",
     b"tjgg": "a legacy GGJT model",
     b"algg": "a legacy GGML adapter",
+    b"nsgg": "a saved llama.cpp session",
     b"FUGG": "a big-endian file",
     b"PK\x03\x04": "a zip archive, such as a PyTorch checkpoint",
     b"\0\0\0\0": "zeros: an interrupted download",

@@ -1,4 +1,4 @@
-"""A GGUF file's header -> the lines of `qllama info`. Reads no weights and starts no device."""
+"""A model file's header -> the lines of `qllama info`. Reads no weights and starts no device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from qllama_jax.config import ModelConfig, RopeScaling
 from qllama_jax.errors import quoted
-from qllama_jax.gguf_file import GGUFFile
+from qllama_jax.tensor_file import GGUFFile
 
 
 def describe(file: GGUFFile) -> Iterator[str]:
-    """Yield a line a fact: first what any GGUF file has, then the model's sizes.
+    """Yield a line a fact: first what any model file has, then the model's sizes.
 
     Raises:
         GGUFError: the metadata describe no model that the package knows; the lines that can be
@@ -20,14 +20,18 @@ def describe(file: GGUFFile) -> Iterator[str]:
     tensors = file.tensors.values()
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    yield _line("file", f"{quoted(file.path.name)}, GGUF version {file.version}")
+    yield _line("file", f"{quoted(file.path.name)}, {file.kind}")
     yield from _strings(file, {"name": "general.name", "architecture": "general.architecture"})
     yield _line("parameters", f"{weights:,}")
     per_weight = f", {8 * nbytes / weights:.2f} bits a weight" if weights else ""
     yield _line("weights", f"{nbytes:,} bytes{per_weight}")
-    for qtype, (count, size) in by_qtype(file).items():
-        yield _line("", f"{qtype:<8} {count:>5} tensors {size:>17,} bytes")
+    formats = by_qtype(file)
+    width = max([8, *map(len, formats)])
+    for qtype, (count, size) in formats.items():
+        yield _line("", f"{qtype:<{width}} {count:>5} tensors {size:>17,} bytes")
     yield from _strings(file, {"tokenizer": "tokenizer.ggml.model"})
+    if file.container == "GGML":
+        yield _line("", "scores by id: the file has none, and LLaMA's follow from the ids")
     yield _line("chat template", "yes" if file.metadata.get("tokenizer.chat_template") else "no")
     yield from _sizes(_config(file))
 

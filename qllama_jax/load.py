@@ -17,8 +17,8 @@ import numpy as np
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError, quoted
-from qllama_jax.gguf_file import read_gguf
 from qllama_jax.metadata import Metadata
+from qllama_jax.model_file import read_model_file
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import RopeFrequencies, rope_frequencies
 from qllama_jax.tensor_reader import Progress, TensorReader, place
@@ -54,14 +54,19 @@ class Model:
 def load(
     path: str | os.PathLike[str],
     *,
+    gqa: int | None = None,
     chat_template: str | None = None,
     check_tensors: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Load a Llama GGUF file; weights go to the default device packed as they are in the file.
 
+    GGML, GGMF and GGJT files, from before GGUF, are loaded alike.
+
     Args:
         path: the file, or any part of a split one.
+        gqa: query heads a key-value head, for files from before GGUF alone: their tensors tell it,
+            and a number given here must agree.
         chat_template: a Jinja template to use in place of the file's.
         check_tensors: refuse NaN and infinity among the weights and the scales of blocks.
         progress: called with (bytes read, bytes in all) after each tensor.
@@ -69,8 +74,9 @@ def load(
     Raises:
         GGUFError: the file is damaged, of another architecture, has a tensor too few, too many or
             of another shape than its metadata say, or a weight that is not finite.
+        ValueError: `gqa` is given for a GGUF file.
     """
-    file = read_gguf(path)
+    file = read_model_file(path, gqa=gqa)
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)

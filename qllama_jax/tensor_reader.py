@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from qllama_jax.errors import GGUFError, quoted
-from qllama_jax.gguf_file import GGUFFile, GGUFTensor
 from qllama_jax.matmul.experts import MixedExperts
 from qllama_jax.quants import F32, FORMATS, Leaf
+from qllama_jax.tensor_file import GGUFFile, GGUFTensor
 
 Progress = Callable[[int, int], None]
 
@@ -92,7 +92,9 @@ class TensorReader:
 
     def _format_of(self, tensor: GGUFTensor) -> Any:
         if tensor.qtype not in FORMATS:
-            known = ", ".join(qtype.name for qtype in sorted(FORMATS))
+            known = ", ".join(
+                qtype.name for qtype in sorted(FORMATS) if type(qtype) is type(tensor.qtype)
+            )
             raise GGUFError(
                 f"{self.file.path}: tensor {quoted(tensor.name)}: type {tensor.qtype.name} is not"
                 f" supported; supported are {known}"
@@ -100,7 +102,7 @@ class TensorReader:
         return FORMATS[tensor.qtype]
 
     def _check_finite(self, tensor: GGUFTensor, packed: Any) -> None:
-        for field, bad in packed.non_finite().items():
+        for field, bad in packed.not_finite().items():
             if bad.any():
                 raise GGUFError(
                     f"{self.file.path}: tensor {quoted(tensor.name)}: {int(bad.sum())} of its"

@@ -8,11 +8,18 @@ import numpy as np
 from gguf import GGMLQuantizationType as QType
 from numpy.typing import NDArray
 
+from old_blocks import OLD_SIZES, dequantize_old, make_old_finite, quantize_old
+from qllama_jax.tensor_types import OldType, TensorType
+
 #: Formats that hold one number an element, and the numpy type of its bits.
 _PLAIN = {QType.F32: "<u4", QType.F16: "<u2", QType.BF16: "<u2"}
 
 #: Values and bytes of a block. gguf-py has Q8_1 as it was before its two scales became float16.
-BLOCK_SIZES = gguf.GGML_QUANT_SIZES | {QType.Q8_1: (32, 36)}
+BLOCK_SIZES: dict[TensorType, tuple[int, int]] = {
+    **gguf.GGML_QUANT_SIZES,
+    QType.Q8_1: (32, 36),
+    **OLD_SIZES,
+}
 
 #: Formats whose quantizers first build tables for seconds, in every process.
 _SLOW = {QType.IQ1_S, QType.IQ1_M, QType.IQ2_XXS, QType.IQ2_XS, QType.IQ2_S}
@@ -45,9 +52,11 @@ _FLOAT16_SCALES = {
 }
 
 
-def quantize(weights: NDArray[np.float32], qtype: QType) -> NDArray[np.uint8]:
+def quantize(weights: NDArray[np.float32], qtype: TensorType) -> NDArray[np.uint8]:
     """Raw bytes, uint8 [..., bytes], of float32 weights [..., n]: ggml's own quantizers."""
     weights = np.ascontiguousarray(weights, dtype=np.float32)
+    if isinstance(qtype, OldType):
+        return quantize_old(weights, qtype)
     if qtype in _PLAIN:
         return np.ascontiguousarray(gguf.quantize(weights, qtype)).view(np.uint8)
     size, _ = BLOCK_SIZES[qtype]
@@ -64,11 +73,13 @@ def quantize(weights: NDArray[np.float32], qtype: QType) -> NDArray[np.uint8]:
     return raw.reshape(*weights.shape[:-1], -1)
 
 
-def dequantize(data: NDArray, qtype: QType) -> NDArray[np.float32]:
+def dequantize(data: NDArray, qtype: TensorType) -> NDArray[np.float32]:
     """Float32 weights [..., n] of raw blocks: uint8 [..., bytes], or already floats.
 
     gguf-py's formula, and ours for the formats that it cannot dequantize.
     """
+    if isinstance(qtype, OldType):
+        return dequantize_old(data, qtype)
     own = {QType.Q8_1: (_q8_1, 36), QType.Q8_K: (_q8_k, 292), QType.Q1_0: (_q1_0, 18)}
     if qtype not in own:
         return gguf.dequantize(data, qtype)
@@ -78,7 +89,7 @@ def dequantize(data: NDArray, qtype: QType) -> NDArray[np.float32]:
 
 
 def random_blocks(
-    qtype: QType, shape: tuple[int, ...], rng: np.random.Generator, *, finite: bool = True
+    qtype: TensorType, shape: tuple[int, ...], rng: np.random.Generator, *, finite: bool = True
 ) -> NDArray[np.uint8]:
     """Random bytes, uint8 [..., bytes], that are weights of `shape` [..., n] in a format.
 
@@ -96,7 +107,7 @@ def random_blocks(
 
 
 def blocks_like(
-    weights: NDArray[np.float32], qtype: QType, rng: np.random.Generator
+    weights: NDArray[np.float32], qtype: TensorType, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """Raw blocks whose weights are of the same size as `weights`: quantized where that is quick.
 
@@ -106,18 +117,19 @@ def blocks_like(
         return quantize(weights, qtype)
     raw = random_blocks(qtype, weights.shape, rng)
     blocks = raw.reshape(*raw.shape[:-1], -1, BLOCK_SIZES[qtype][1])
-    _set_scale(blocks, qtype, np.ones(blocks.shape[:-1], np.float16))
-    unit = gguf.dequantize(raw.reshape(-1, raw.shape[-1])[:16], qtype).std()
+    set_scale(blocks, qtype, np.ones(blocks.shape[:-1], np.float16))
+    unit = dequantize(raw.reshape(-1, raw.shape[-1])[:16], qtype).std()
     sizes = rng.uniform(0.5, 1.5, blocks.shape[:-1]) * rng.choice([-1, 1], blocks.shape[:-1])
-    _set_scale(blocks, qtype, (sizes * weights.std() / unit).astype(np.float16))
+    set_scale(blocks, qtype, (sizes * weights.std() / unit).astype(np.float16))
     return raw
 
 
-def _set_scale(blocks: NDArray[np.uint8], qtype: QType, d: NDArray[np.float16]) -> None:
-    """Replace the one scale of each block, in place."""
+def set_scale(blocks: NDArray[np.uint8], qtype: TensorType, d: NDArray[np.float16]) -> None:
+    """Replace the one half-float scale of each block [..., bytes], in place."""
     bits = d.astype("<f2").view("<u2")
     if qtype != QType.IQ1_M:
-        blocks[..., 0], blocks[..., 1] = bits & 0xFF, bits >> 8
+        (low,) = _FLOAT16_SCALES[qtype]
+        blocks[..., low], blocks[..., low + 1] = bits & 0xFF, bits >> 8
         return
     for word in range(4):  # four bits in the top of each of the last four words
         high = 49 + 2 * word
@@ -125,8 +137,10 @@ def _set_scale(blocks: NDArray[np.uint8], qtype: QType, d: NDArray[np.float16]) 
         blocks[..., high] = (blocks[..., high] & 0x0F) | (nibble << 4)
 
 
-def _make_finite(blocks: NDArray[np.uint8], qtype: QType) -> None:
+def _make_finite(blocks: NDArray[np.uint8], qtype: TensorType) -> None:
     """Change the scales that are infinite or NaN, in place."""
+    if isinstance(qtype, OldType):
+        return make_old_finite(blocks, qtype)
     for offset in _FLOAT16_SCALES.get(qtype, ()):
         high = blocks[..., offset + 1]  # sign, 5 bits of exponent, 2 of fraction
         blocks[..., offset + 1] = np.where(high & 0x7C == 0x7C, high & ~np.uint8(0x40), high)

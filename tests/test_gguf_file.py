@@ -204,7 +204,7 @@ def test_data_of_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(TinyGGUF().encode())
     tensor = read_gguf(path).tensors["one"]
-    reading = tensor._source.open()
+    reading = tensor.source.open()
     reading.__enter__()
     touch(path)
     with pytest.raises(GGUFError, match="changed since it was opened: mtime_ns"):

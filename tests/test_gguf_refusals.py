@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from gguf_bytes import (
     TinyGGUF,
@@ -60,6 +60,7 @@ OTHER_FILES = {
     "legacy ggmf": (b"fmgg" + BASE[4:], "a legacy GGMF model"),
     "legacy ggjt": (b"tjgg" + BASE[4:], "a legacy GGJT model"),
     "legacy adapter": (b"algg" + BASE[4:], "a legacy GGML adapter"),
+    "legacy session": (b"nsgg" + BASE[4:], "a saved llama.cpp session"),
     "reversed magic": (b"FUGG" + BASE[4:], "a big-endian file"),
     "zip": (b"PK\x03\x04" + BASE[4:], "a zip archive, such as a PyTorch checkpoint"),
     "hole": (bytes(4096), "zeros: an interrupted download"),
@@ -464,7 +465,7 @@ def write_split(folder: Path) -> list[Path]:
     source = folder / "source"
     source.write_bytes(BASE)
     for name, tensor in read_gguf(source).tensors.items():
-        writer.add_tensor(name, tensor.data, raw_dtype=tensor.qtype)
+        writer.add_tensor(name, tensor.data, raw_dtype=GGMLQuantizationType(tensor.qtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

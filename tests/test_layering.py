@@ -13,10 +13,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qllama_jax"
 #: module gets its line here.
 RUNGS = {
     "errors": 0,
+    "tensor_types": 0,
     "metadata": 1.0,
     "gguf_cursor": 1.0,
+    "ggml_cursor": 1.0,
+    "tensor_file": 1.1,
     "gguf_header": 1.1,
+    "ggml_vocabulary": 1.1,
     "gguf_file": 1.2,
+    "ggml_file": 1.2,
+    "model_file": 1.3,
     "config": 1.1,
     "rope": 1.2,
     "chat_template": 1.0,
@@ -56,6 +62,11 @@ WITHOUT_JAX = {
     "gguf_header",
     "gguf_file",
     "ggml_file",
+    "ggml_cursor",
+    "ggml_vocabulary",
+    "model_file",
+    "tensor_file",
+    "tensor_types",
     "chat_template",
     "tokenizer",
 }
@@ -112,7 +123,7 @@ def test_imports_go_down(path):
 
 def test_model_does_not_know_where_weights_come_from():
     found = {r for path in MODULES if room(path) == "model" for r in rooms_imported(path)}
-    assert not found & {"load", "gguf_file", "ggml_file", "hub"}
+    assert not found & {"load", "gguf_file", "ggml_file", "model_file", "hub"}
 
 
 @each_module

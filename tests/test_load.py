@@ -16,19 +16,20 @@ from gguf import GGMLQuantizationType as QType
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, dequantize, random_blocks
 from gguf_bytes import read_with_gguf_py
-from qllama_jax import quants
 from qllama_jax.quants import Block
 
 FORMATS = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0"),
 )
 TinyLlama = Callable[..., Path]
 DOWN = "blk.1.ffn_down.weight"
 
 
 def mixed(name: str) -> str:
-    """A format for each matrix, so that two layers hold all of them."""
+    """A format for each matrix, so that four layers hold all of them."""
     matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     layer, matrix = name.split(".")[1:3] if name.startswith("blk.") else ("0", "ffn_down")
     return FORMATS[7 * int(layer) + matrices.index(matrix)]
@@ -109,7 +110,7 @@ def refused(path: Path, **options: Any) -> str:
 # Every tensor at its name
 
 FILES = {name: {"qtype": name, "layers": 1, "vocab": 259} for name in FORMATS} | {
-    "mixed": {"qtype": mixed},
+    "mixed": {"qtype": mixed, "layers": 4},
     "biases": {"qtype": "Q8_0", "biases": True},
     "rope_freqs": {"qtype": "Q8_0", "rope_freqs": True},
     "tied": {"qtype": "Q8_0", "tied": True},
@@ -137,11 +138,11 @@ def test_paths_of_params_are_the_tensor_names_and_hold_their_bytes(
             np.testing.assert_array_equal(np.asarray(leaf), tensor.data, err_msg=name)
 
 
-def test_two_layers_of_a_mixed_file_hold_all_fourteen_formats(tiny_llama: TinyLlama):
-    leaves = leaves_by_name(ql.load(tiny_llama(mixed)).params).values()
+def test_four_layers_of_a_mixed_file_hold_all_28_formats(tiny_llama: TinyLlama):
+    leaves = leaves_by_name(ql.load(tiny_llama(mixed, layers=4)).params).values()
     found = {leaf.qtype.name for leaf in leaves if isinstance(leaf, Block)}
     assert found == set(FORMATS) - {"F32"}
-    assert len(FORMATS) == 14
+    assert len(FORMATS) == 28
 
 
 def test_float32_matrices_are_plain_arrays(tiny_llama: TinyLlama):
@@ -312,12 +313,20 @@ SCALES = [
     *(("Q5_1", 0, "<f2"), ("Q5_1", 2, "<f2"), ("Q8_0", 0, "<f2"), ("Q2_K", 80, "<f2")),
     *(("Q2_K", 82, "<f2"), ("Q3_K", 108, "<f2"), ("Q4_K", 0, "<f2"), ("Q4_K", 2, "<f2")),
     *(("Q5_K", 0, "<f2"), ("Q5_K", 2, "<f2"), ("Q6_K", 208, "<f2"), ("Q8_K", 0, "<f4")),
+    *((qtype, 0, "<f2") for qtype in ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")),
+    *(("IQ4_NL", 0, "<f2"), ("IQ4_XS", 0, "<f2"), ("TQ1_0", 52, "<f2"), ("TQ2_0", 64, "<f2")),
+    *(("Q1_0", 0, "<f2"), ("MXFP4", 0, "e8m0"), ("IQ1_M", 48, "nibbles")),
 ]
 
 
 def number(value: float, kind: str) -> bytes:
     if kind == "bf16":
         return np.asarray(value, "<f4").tobytes()[2:]
+    if kind == "e8m0":  # has no infinity
+        return b"\xff"
+    if kind == "nibbles":  # of four words, the top ones
+        bits = int(np.asarray(value, "<f2").view("<u2"))
+        return np.asarray([(bits >> 4 * i & 15) << 12 for i in range(4)], "<u2").tobytes()
     return np.asarray(value, kind).tobytes()
 
 
@@ -382,8 +391,7 @@ def test_an_unsupported_type_is_refused_with_the_supported_ones(
     down = {DOWN: np.zeros((256, 512), np.int32)}
     message = refused(edited(tiny_llama("Q8_0"), tmp_path / "a.gguf", tensors=down))
     assert message.startswith(f"tensor {DOWN!r}: type I32 is not supported; supported are ")
-    names = {qtype.name for qtype in quants.FORMATS}
-    assert set(message.split("supported are ")[1].split(", ")) == names
+    assert set(message.split("supported are ")[1].split(", ")) == set(FORMATS)
 
 
 @pytest.mark.parametrize(("qtype", "field"), [("IQ1_M", "scales"), ("MXFP4", "e"), ("IQ4_XS", "d")])

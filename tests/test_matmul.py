@@ -17,6 +17,7 @@ import qllama_jax as ql
 from blocks import blocks_like, dequantize
 from qllama_jax.matmul import register, xla
 from qllama_jax.quants import FORMATS
+from qllama_jax.tensor_types import TensorType
 
 every_format = pytest.mark.parametrize("qtype", list(FORMATS), ids=lambda qtype: qtype.name)
 PLAIN = [qtype for qtype in FORMATS if FORMATS[qtype].block_size == 1]
@@ -33,7 +34,9 @@ multiply = jax.jit(ql.matmul, static_argnames="activations")
 
 
 @functools.cache
-def weight(qtype: QType, out: int = OUT, width: int = IN, seed: int = 0) -> tuple[Any, np.ndarray]:
+def weight(
+    qtype: TensorType, out: int = OUT, width: int = IN, seed: int = 0
+) -> tuple[Any, np.ndarray]:
     """A weight of normal values, and what it means in float64."""
     rng = np.random.default_rng([seed, qtype.value])
     raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), qtype, rng)
@@ -66,7 +69,7 @@ def test_the_weights_of_these_tests_need_several_tiles_and_a_remainder():
 
 @every_format
 @pytest.mark.parametrize("batch", [(1,), (5,)], ids=str)
-def test_matmul_is_x_times_the_dequantized_weight(qtype: QType, batch: tuple[int, ...]):
+def test_matmul_is_x_times_the_dequantized_weight(qtype: TensorType, batch: tuple[int, ...]):
     packed, dense = weight(qtype)
     x = normal(*batch, IN)
     assert_is_product(multiply(jnp.asarray(x), packed), x, dense)
@@ -77,7 +80,7 @@ def test_matmul_is_x_times_the_dequantized_weight(qtype: QType, batch: tuple[int
     ("out", "width"),
     [(1, 256), (7, 512), (256, 1024), (257, 1024), (511, 1024), (3, 2**18), (2, 2**18 + 256)],
 )
-def test_matmul_of_every_number_of_rows_and_tiles(qtype: QType, out: int, width: int):
+def test_matmul_of_every_number_of_rows_and_tiles(qtype: TensorType, out: int, width: int):
     packed, dense = weight(qtype, out, width)
     x = normal(2, width)
     found = multiply(jnp.asarray(x), packed)
@@ -115,7 +118,7 @@ def test_a_bfloat16_product_is_one_of_bfloat16_weights_rounded_once(packed: bool
 
 
 @every_format
-def test_matmul_under_vmap_is_matmul_of_each(qtype: QType):
+def test_matmul_under_vmap_is_matmul_of_each(qtype: TensorType):
     first, dense = weight(qtype, 300)
     second, other = weight(qtype, 300, seed=1)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
@@ -148,7 +151,7 @@ def test_matmul_without_jit_is_the_product():
 
 
 @every_format
-def test_the_gradient_for_x_is_g_times_the_dequantized_weight(qtype: QType):
+def test_the_gradient_for_x_is_g_times_the_dequantized_weight(qtype: TensorType):
     packed, dense = weight(qtype)
     x, g = normal(2, 3, IN), normal(2, 3, OUT)
 
@@ -184,7 +187,7 @@ def test_packed_leaves_have_no_gradient():
 # Memory. 8,192 rows of 1,024 values are 32 MiB in float32, a tile is 1 MiB.
 
 
-def big(qtype: QType) -> Any:
+def big(qtype: TensorType) -> Any:
     """Shapes of a packed weight [8192, 1024], no arrays."""
     packed, _ = weight(qtype)
     return jax.tree.map(
@@ -193,7 +196,7 @@ def big(qtype: QType) -> Any:
 
 
 @every_format
-def test_matmul_and_its_gradient_hold_a_few_tiles_and_never_the_dense_weight(qtype: QType):
+def test_matmul_and_its_gradient_hold_a_few_tiles_and_never_the_dense_weight(qtype: TensorType):
     x = jax.ShapeDtypeStruct((4, IN), jnp.float32)
     w = big(qtype)
     assert w.shape == (8192, IN)
@@ -208,7 +211,7 @@ def test_matmul_and_its_gradient_hold_a_few_tiles_and_never_the_dense_weight(qty
 
 
 @every_format
-def test_what_the_backward_pass_keeps_is_the_packed_weight(qtype: QType):
+def test_what_the_backward_pass_keeps_is_the_packed_weight(qtype: TensorType):
     x = jax.ShapeDtypeStruct((4, IN), jnp.float32)
     w = big(qtype)
     _, pullback = jax.eval_shape(lambda x, w: jax.vjp(lambda x: ql.matmul(x, w), x), x, w)
@@ -226,7 +229,7 @@ def relative_error(found: jax.Array, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("qtype", PACKED, ids=lambda qtype: qtype.name)
-def test_int8_loses_half_a_percent_and_int8x2_a_hundred_times_less(qtype: QType):
+def test_int8_loses_half_a_percent_and_int8x2_a_hundred_times_less(qtype: TensorType):
     packed, dense = weight(qtype)
     x = normal(5, IN)
     wanted = x.astype(np.float64) @ dense.T
@@ -259,7 +262,7 @@ def groups_of_known_integers(
 
 
 @pytest.mark.parametrize("qtype", PACKED, ids=lambda qtype: qtype.name)
-def test_int8_multiplies_the_nearest_integers_of_each_32_values(qtype: QType):
+def test_int8_multiplies_the_nearest_integers_of_each_32_values(qtype: TensorType):
     packed, dense = weight(qtype)
     x, d, q, r = groups_of_known_integers(5)
     int8 = multiply(jnp.asarray(x), packed, activations="int8")
@@ -300,7 +303,7 @@ def test_a_rounded_row_does_not_depend_on_the_rows_beside_it(activations: str):
 
 @pytest.mark.parametrize("qtype", [*PLAIN, None], ids=lambda q: q.name if q else "array")
 @pytest.mark.parametrize("activations", ["int8", "int8x2", "auto"])
-def test_weights_that_are_floats_meet_float_activations(qtype: QType | None, activations: str):
+def test_weights_that_are_floats_meet_float_activations(qtype: TensorType | None, activations: str):
     packed, dense = weight(qtype or QType.F32)
     w = packed if qtype else jnp.asarray(dense.astype(np.float32))
     x = jnp.asarray(normal(3, IN))
@@ -308,7 +311,7 @@ def test_weights_that_are_floats_meet_float_activations(qtype: QType | None, act
 
 
 @pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q6_K], ids=lambda qtype: qtype.name)
-def test_auto_loses_no_more_than_int8(qtype: QType):
+def test_auto_loses_no_more_than_int8(qtype: TensorType):
     packed, dense = weight(qtype)
     x = normal(5, IN)
     found = multiply(jnp.asarray(x), packed, activations="auto")

@@ -15,20 +15,21 @@ from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 import jax
 import numpy as np
 from flax import struct
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Bool, Float32, UInt8
+
+from qllama_jax.tensor_types import BLOCK_SIZES, TensorType
 
 # A pytree node must accept whatever a tree.map puts in place of an array (shapes, specs, None),
 # so the fields of a struct are not type-checked; their dtypes and shapes stand in `layout`.
 Leaf = Any
 
-FORMATS: dict[GGMLQuantizationType, type[Block]] = {}
+FORMATS: dict[TensorType, type[Block]] = {}
 
 
 class Block:
     """A weight in ggml blocks; logical shape `[*out, nb * block_size]`, values `dequantize()`."""
 
-    qtype: ClassVar[GGMLQuantizationType]
+    qtype: ClassVar[TensorType]
     block_size: ClassVar[int]  # values a block
     layout: ClassVar[np.dtype]  # the block struct, byte for byte
 
@@ -50,10 +51,15 @@ class Block:
         """Return the values, bit-equal to ggml's dequantize_row of this type."""
         raise NotImplementedError
 
-    def non_finite(self) -> dict[str, np.ndarray]:
-        """Return which items of each field on the host make weights NaN or infinite."""
-        fields = zip(self.layout.names or (), self._leaves, strict=True)
-        return {name: ~np.isfinite(leaf) for name, leaf in fields if leaf.dtype.kind == "f"}
+    def not_finite(self) -> dict[str, Bool[np.ndarray, ...]]:
+        """Return by field which of its numbers are NaN or infinite; for blocks of numpy arrays.
+
+        The fields left out are integers of which each is finite. A format that keeps a float in
+        integers says here what ggml_validate_row_data says of it.
+        """
+        fields = {name: getattr(self, name) for name in self.layout.names or ()}
+        floats = {name: leaf for name, leaf in fields.items() if leaf.dtype.kind == "f"}
+        return {name: ~np.isfinite(leaf) for name, leaf in floats.items()}
 
     @property
     def _leaves(self) -> list[Leaf]:
@@ -92,14 +98,14 @@ BlockType = TypeVar("BlockType", bound=type[Block])
 
 @dataclass_transform(frozen_default=True)
 def block_format(
-    qtype: GGMLQuantizationType, fields: list[tuple[Any, ...]]
+    qtype: TensorType, fields: list[tuple[Any, ...]]
 ) -> Callable[[BlockType], BlockType]:
     """Register a Block class as the format of `qtype`, with its struct as numpy dtype fields.
 
     The struct's size is held against ggml's own table, as ggml's static_assert does.
     """
     layout = np.dtype(fields)
-    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    block_size, type_size = BLOCK_SIZES[qtype]
     assert layout.itemsize == type_size, (qtype.name, layout.itemsize, type_size)
 
     def register(cls: BlockType) -> BlockType:

@@ -1,117 +1,116 @@
-"""The formats whose values come from a codebook: IQ1_S, IQ1_M, IQ2_*, IQ3_* (ggml: ggml-common.h).
+"""The formats of 256 values in groups of 8 or 4 that a code book lists: IQ1, IQ2, IQ3.
 
-A super-block of 256 values holds indices into a fixed grid of 4 or 8 small integers each, and,
-but for IQ1, their signs. The grids are gguf-py's, since the formats are defined by nothing shorter.
-As in `legacy`, every product has fewer than 25 significant bits and is exact.
+A code says a whole group, a row of a grid of small integers; IQ2 and IQ3 add a sign a value, IQ1
+one shift a group. Eighths of the half-float scale times an odd number below 32 times an integer
+below 64 have at most 22 significant bits, so products are exact, as in `legacy` and `k_quants`.
+ggml: ggml-common.h, which has the grids; here they are gguf-py's.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import gguf.quants
+import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
-from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8, UInt32
+from gguf import quants as tables
+from jaxtyping import Array, Bool, Float32, Int8, UInt, UInt8, UInt16
 
-from qllama_jax.quants.bits import as_float, bit_fields, rows
+from qllama_jax.quants.bits import as_float, fields_of_each, lookup, rows
 from qllama_jax.quants.block import Block, Leaf, block_format
 
-# Seven stored signs imply the eighth: the number of negative values is even. ggml: ksigns_iq2xs.
-_EVEN_SIGNS = np.array([i | (i.bit_count() & 1) << 7 for i in range(128)], np.uint8)
-_BIT = np.arange(8, dtype=np.uint8)
+_SIGNS = np.frombuffer(tables.IQ2_XXS.ksigns, np.uint8)  # 7 bits, and their parity as the eighth
 
 
 @functools.cache
-def _grid(qtype: str) -> Int8[np.ndarray, "entries n"]:
-    """Values of a codebook, made when it is first used: 2 ms for the largest."""
-    source: Any = getattr(gguf.quants, qtype)
-    source.init_grid()
-    return source.grid.astype(np.int8).reshape(source.grid_shape)
+def _grid(name: str) -> Int8[np.ndarray, "codes values"]:
+    """The code book of a format; unpacked when first asked for."""
+    table = getattr(tables, name)
+    table.init_grid()
+    return table.grid.reshape(table.grid_shape).astype(np.int8)
 
 
-def _look_up(qtype: str, index: Shaped[Array, "*lead"]) -> Int8[Array, "*lead n"]:
-    grid = jnp.asarray(_grid(qtype))
-    return grid.at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
+def _groups(name: str, code: UInt[Array, "*lead n"]) -> Int8[Array, "*lead m 8"]:
+    """Return the values of the codes, eight by eight."""
+    *lead, n = code.shape
+    grid = _grid(name)
+    _, values = grid.shape
+    return lookup(grid, code).reshape(*lead, n * values // 8, 8)
 
 
-def _negate(grid: Int8[Array, "*lead 8"], signs: UInt8[Array, "*lead"]) -> Int8[Array, "*lead 8"]:
-    """Negate value i of each eight whose bit i is set."""
-    bits = (signs[..., None] >> _BIT.reshape((1,) * signs.ndim + (8,))) & np.uint8(1)
-    return jnp.where(bits == 1, -grid, grid)
+def _with_signs(
+    q: Int8[Array, "*lead m 8"], signs: UInt8[Array, "*lead m"]
+) -> Int8[Array, "*lead m 8"]:
+    """Return q, negative where its bit of the group's byte of signs is 1."""
+    return jnp.where(fields_of_each(signs, 1, 8) == 0, q, -q)
 
 
-def _even_signs(index: Shaped[Array, "*lead"]) -> UInt8[Array, "*lead"]:
-    table = jnp.asarray(_EVEN_SIGNS)
-    return table.at[(index & np.array(127, index.dtype)).astype(jnp.int32)].get(
-        mode="promise_in_bounds"
-    )
-
-
-def _words(word: UInt32[Array, "*lead"], shifts: tuple[int, ...]) -> UInt32[Array, "*lead n"]:
-    steps = np.array(shifts, np.uint32).reshape((1,) * word.ndim + (len(shifts),))
-    return word[..., None] >> steps
-
-
-def _nibble_pairs(scales: UInt8[Array, "*lead n"]) -> UInt8[Array, "*lead n2"]:
-    """Low and high nibble of each byte, side by side: `[*lead, n] -> [*lead, 2 n]`."""
-    *lead, n = scales.shape
-    shifts = np.array([0, 4], np.uint8).reshape((1,) * scales.ndim + (2,))
-    return ((scales[..., None] >> shifts) & np.uint8(15)).reshape(*lead, 2 * n)
+def _odd_scale(d: Leaf, sc: UInt8[Array, "*lead sub"], unit: float) -> Float32[Array, "*lead sub"]:
+    """Return d (2 sc + 1) unit, unit a power of two."""
+    odd = as_float((sc << np.uint8(1)) | np.uint8(1))
+    return as_float(d)[..., None] * odd * np.float32(unit)
 
 
 def _scaled(
-    scale: Float32[Array, "*out nb sub"], q: Shaped[Array, "*out nb values"]
-) -> Float[Array, "*out in"]:
-    """Multiply the values of each sub-block by its scale."""
+    scale: Float32[Array, "*out nb sub"], q: Int8[Array, "*out nb m 8"]
+) -> Float32[Array, "*out in"]:
+    """Return scale q, one scale a sub-block of 256 / sub values."""
     *lead, sub = scale.shape
-    q = q.reshape(*lead, sub, -1)
-    return rows(scale[..., None] * (q if jnp.issubdtype(q.dtype, jnp.floating) else as_float(q)))
+    return rows(scale[..., None] * as_float(q.reshape(*lead, sub, 256 // sub)))
 
 
-def _flat(q: Shaped[Array, ...], lead: tuple[int, ...]) -> Shaped[Array, ...]:
-    return q.reshape(*lead, -1)
+def _signs_and_scale(
+    words: UInt[Array, "*lead 8"],
+) -> tuple[UInt8[Array, "*lead 32"], UInt8[Array, "*lead 8"]]:
+    """Unpack words of four 7-bit codes of signs and a 4-bit scale."""
+    *lead, _ = words.shape
+    signs = lookup(_SIGNS, fields_of_each(words, 7, 4).reshape(*lead, 32))
+    return signs, (words >> np.uint32(28)).astype(jnp.uint8)
 
 
-@block_format(GGMLQuantizationType.IQ2_XXS, [("d", "<f2"), ("qs", "<u4", 16)])
+def _with_high_bits(low: Leaf, high: UInt[Array, "*lead n"]) -> UInt16[Array, "*lead n"]:
+    """Return low + 256 high: the codes of a grid of more than 256 groups."""
+    return low.astype(jnp.uint16) | (high.astype(jnp.uint16) << np.uint16(8))
+
+
+@block_format(GGMLQuantizationType.IQ2_XXS, [("d", "<f2"), ("qs", "<u4", (8, 2))])
 class IQ2_XXS(Block):
-    """w = d (sc + 1/2) / 4 * ±grid[i]; of 32 values a word of 4 i, one of signs and sc << 28.
+    """w = d (2 sc + 1) / 8 (+-g), g in {8, 25, 43}, 8 sub-blocks of 32. ggml: block_iq2_xxs.
 
-    block_iq2_xxs.
+    A sub-block has a word of four codes, and one of four 7-bit codes of signs and sc in 0..15.
     """
 
     d: Leaf
     qs: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (sc + 1/2) / 4 * ±grid[i]."""
-        *lead, _ = self.qs.shape
-        words = self.qs.reshape(*lead, 8, 2)
-        index = _words(words[..., 0], (0, 8, 16, 24)) & np.uint32(255)
-        signs = _even_signs(_words(words[..., 1], (0, 7, 14, 21)))
-        q = _negate(_look_up("IQ2_XXS", index), signs)
-        sc = as_float(words[..., 1] >> np.uint32(28)) + np.float32(0.5)
-        return _scaled(as_float(self.d)[..., None] * sc * np.float32(0.25), _flat(q, tuple(lead)))
+        """Return d (2 sc + 1) / 8 (+-g)."""
+        *lead, _, _ = self.qs.shape
+        code = fields_of_each(self.qs[..., 0], 8, 4).reshape(*lead, 32)
+        signs, sc = _signs_and_scale(self.qs[..., 1])
+        q = _with_signs(_groups("IQ2_XXS", code), signs)
+        return _scaled(_odd_scale(self.d, sc, 1 / 8), q)
 
 
 @block_format(GGMLQuantizationType.IQ2_XS, [("d", "<f2"), ("qs", "<u2", 32), ("scales", "u1", 8)])
 class IQ2_XS(Block):
-    """w = d (sc + 1/2) / 4 * ±grid[i]; of 8 values 9 bits of i, 7 of signs. block_iq2_xs."""
+    """w = d (2 sc + 1) / 8 (+-g), g in {8, 25, 43}, 16 sub-blocks of 16. ggml: block_iq2_xs.
+
+    A word of qs is a code of 9 bits and a code of signs of 7.
+    """
 
     d: Leaf
     qs: Leaf
     scales: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (sc + 1/2) / 4 * ±grid[i]."""
+        """Return d (2 sc + 1) / 8 (+-g)."""
         *lead, _ = self.qs.shape
-        q = _negate(
-            _look_up("IQ2_XS", self.qs & np.uint16(511)), _even_signs(self.qs >> np.uint16(9))
-        )
-        sc = as_float(_nibble_pairs(self.scales)) + np.float32(0.5)
-        return _scaled(as_float(self.d)[..., None] * sc * np.float32(0.25), _flat(q, tuple(lead)))
+        sc = fields_of_each(self.scales, 4, 2).reshape(*lead, 16)
+        signs = lookup(_SIGNS, self.qs >> np.uint16(9))
+        q = _with_signs(_groups("IQ2_XS", self.qs & np.uint16(511)), signs)
+        return _scaled(_odd_scale(self.d, sc, 1 / 8), q)
 
 
 @block_format(
@@ -119,7 +118,10 @@ class IQ2_XS(Block):
     [("d", "<f2"), ("qs", "u1", 32), ("signs", "u1", 32), ("qh", "u1", 8), ("scales", "u1", 8)],
 )
 class IQ2_S(Block):
-    """w = d (sc + 1/2) / 4 * ±grid[i]; of 8 values i has a byte and two bits in qh. block_iq2_s."""
+    """w = d (2 sc + 1) / 8 (+-g), g in {8, 25, 43}, 16 sub-blocks of 16. ggml: block_iq2_s.
+
+    A code has 10 bits, its top two in qh. ggml's qs are qs and signs here.
+    """
 
     d: Leaf
     qs: Leaf
@@ -128,36 +130,30 @@ class IQ2_S(Block):
     scales: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (sc + 1/2) / 4 * ±grid[i]."""
+        """Return d (2 sc + 1) / 8 (+-g)."""
         *lead, _ = self.qs.shape
-        high = bit_fields(self.qh[..., None], 2, 4).reshape(*lead, 32).astype(jnp.uint16)
-        index = self.qs.astype(jnp.uint16) | (high << np.uint16(8))
-        q = _negate(_look_up("IQ2_S", index), self.signs)
-        sc = as_float(_nibble_pairs(self.scales)) + np.float32(0.5)
-        return _scaled(as_float(self.d)[..., None] * sc * np.float32(0.25), _flat(q, tuple(lead)))
+        sc = fields_of_each(self.scales, 4, 2).reshape(*lead, 16)
+        code = _with_high_bits(self.qs, fields_of_each(self.qh, 2, 4).reshape(*lead, 32))
+        q = _with_signs(_groups("IQ2_S", code), self.signs)
+        return _scaled(_odd_scale(self.d, sc, 1 / 8), q)
 
 
-@block_format(
-    GGMLQuantizationType.IQ3_XXS, [("d", "<f2"), ("qs", "u1", 64), ("scales_signs", "<u4", 8)]
-)
+@block_format(GGMLQuantizationType.IQ3_XXS, [("d", "<f2"), ("qs", "u1", 64), ("scales", "<u4", 8)])
 class IQ3_XXS(Block):
-    """w = d (sc + 1/2) / 2 * ±grid[i], i a byte of 4 values; scales_signs as in IQ2_XXS.
+    """w = d (2 sc + 1) / 4 (+-g), g in 4..62, groups of 4, 8 sub-blocks of 32. block_iq3_xxs.
 
-    block_iq3_xxs.
+    A word of scales is four 7-bit codes of signs, each of 8 values, and sc in 0..15.
     """
 
     d: Leaf
     qs: Leaf
-    scales_signs: Leaf
+    scales: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (sc + 1/2) / 2 * ±grid[i]."""
-        *lead, _ = self.qs.shape
-        signs = _even_signs(_words(self.scales_signs, (0, 7, 14, 21)))
-        grid = _look_up("IQ3_XXS", self.qs).reshape(*lead, 8, 4, 8)
-        q = _negate(grid, signs)
-        sc = as_float(self.scales_signs >> np.uint32(28)) + np.float32(0.5)
-        return _scaled(as_float(self.d)[..., None] * sc * np.float32(0.5), _flat(q, tuple(lead)))
+        """Return d (2 sc + 1) / 4 (+-g)."""
+        signs, sc = _signs_and_scale(self.scales)
+        q = _with_signs(_groups("IQ3_XXS", self.qs), signs)
+        return _scaled(_odd_scale(self.d, sc, 1 / 4), q)
 
 
 @block_format(
@@ -165,7 +161,10 @@ class IQ3_XXS(Block):
     [("d", "<f2"), ("qs", "u1", 64), ("qh", "u1", 8), ("signs", "u1", 32), ("scales", "u1", 4)],
 )
 class IQ3_S(Block):
-    """w = d (2 sc + 1) * ±grid[i]; of 4 values i has a byte and a bit in qh. block_iq3_s."""
+    """w = d (2 sc + 1) (+-g), g in {1, 3, .., 15}, groups of 4, 8 sub-blocks of 32. block_iq3_s.
+
+    A code has 9 bits, its top one in qh.
+    """
 
     d: Leaf
     qs: Leaf
@@ -174,20 +173,27 @@ class IQ3_S(Block):
     scales: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (2 sc + 1) * ±grid[i]."""
+        """Return d (2 sc + 1) (+-g)."""
         *lead, _ = self.qs.shape
-        high = bit_fields(self.qh[..., None], 1, 8).reshape(*lead, 64).astype(jnp.uint16)
-        index = self.qs.astype(jnp.uint16) | (high << np.uint16(8))
-        q = _negate(_look_up("IQ3_S", index).reshape(*lead, 32, 8), self.signs)
-        sc = as_float(_nibble_pairs(self.scales)) * np.float32(2) + np.float32(1)
-        return _scaled(as_float(self.d)[..., None] * sc, _flat(q, tuple(lead)))
+        sc = fields_of_each(self.scales, 4, 2).reshape(*lead, 8)
+        code = _with_high_bits(self.qs, fields_of_each(self.qh, 1, 8).reshape(*lead, 64))
+        q = _with_signs(_groups("IQ3_S", code), self.signs)
+        return _scaled(_odd_scale(self.d, sc, 1.0), q)
+
+
+def _shifted(
+    g: Int8[Array, "*lead 32 8"], negative: UInt[Array, "*lead 32"]
+) -> Int8[Array, "*lead 32 8"]:
+    """Return g + 1/8 in eighths, g - 1/8 where the group's bit is 1."""
+    eighth = np.int8(1) - (negative.astype(jnp.int8) << np.int8(1))
+    return (g << np.int8(3)) + eighth[..., None]
 
 
 @block_format(GGMLQuantizationType.IQ1_S, [("d", "<f2"), ("qs", "u1", 32), ("qh", "<u2", 8)])
 class IQ1_S(Block):
-    """w = d (2 sc + 1) (grid[i] ± 1/8); qh of 32 values: 4 times 3 bits of i, sc, the sign.
+    """w = d (2 sc + 1) (g +- 1/8), g in {-1, 0, 1}, 8 sub-blocks of 32. ggml: block_iq1_s.
 
-    block_iq1_s.
+    A word of qh is the top 3 of the 11 bits of four codes, sc in 0..7, and the sign of the eighth.
     """
 
     d: Leaf
@@ -195,26 +201,22 @@ class IQ1_S(Block):
     qh: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (2 sc + 1) (grid[i] ± 1/8)."""
+        """Return d (2 sc + 1) / 8 (8 g +- 1)."""
         *lead, _ = self.qs.shape
-        shifts = np.array([0, 3, 6, 9], np.uint16).reshape((1,) * self.qh.ndim + (4,))
-        high = ((self.qh[..., None] >> shifts) & np.uint16(7)).reshape(*lead, 32)
-        index = self.qs.astype(jnp.uint16) | (high << np.uint16(8))
-        grid = as_float(_look_up("IQ1_S", index)).reshape(*lead, 8, 32)
-        delta = jnp.where(self.qh >= np.uint16(0x8000), np.float32(-0.125), np.float32(0.125))
-        sc = as_float((self.qh >> np.uint16(12)) & np.uint16(7)) * np.float32(2) + np.float32(1)
-        q = grid + delta[..., None]
-        return _scaled(as_float(self.d)[..., None] * sc, _flat(q, tuple(lead)))
+        code = _with_high_bits(self.qs, fields_of_each(self.qh, 3, 4).reshape(*lead, 32))
+        sc = ((self.qh >> np.uint16(12)) & np.uint16(7)).astype(jnp.uint8)
+        q = _shifted(_groups("IQ1_S", code), jnp.repeat(self.qh >> np.uint16(15), 4, axis=-1))
+        return _scaled(_odd_scale(self.d, sc, 1 / 8), q)
 
 
 @block_format(
     GGMLQuantizationType.IQ1_M, [("qs", "u1", 32), ("qh", "u1", 16), ("scales", "<u2", 4)]
 )
 class IQ1_M(Block):
-    """w = d (2 sc + 1) (grid[i] ± 1/8), d spread over the top four bits of the four scales words.
+    """w = d (2 sc + 1) (g +- 1/8), g in {-1, 0, 1}, 16 sub-blocks of 16. ggml: block_iq1_m.
 
-    Each word has four sc of three bits below, for 16 values each; a nibble of qh for each 8 values
-    three bits of i and the sign. block_iq1_m.
+    A nibble of qh is the top 3 of the 11 bits of a code and the sign of the eighth. A word of
+    scales is four sc in 0..7, and in its top nibble a quarter of the half float d.
     """
 
     qs: Leaf
@@ -222,25 +224,23 @@ class IQ1_M(Block):
     scales: Leaf
 
     def dequantize(self) -> Float32[Array, "*out in"]:
-        """Return d (2 sc + 1) (grid[i] ± 1/8)."""
+        """Return d (2 sc + 1) / 8 (8 g +- 1)."""
         *lead, _ = self.qs.shape
-        nibble = _nibble_pairs(self.qh)
-        high = (nibble & np.uint8(7)).astype(jnp.uint16)
-        index = self.qs.astype(jnp.uint16) | (high << np.uint16(8))
-        delta = jnp.where(nibble >= np.uint8(8), np.float32(-0.125), np.float32(0.125))
-        q = as_float(_look_up("IQ1_M", index)) + delta[..., None]
-        shifts = np.array([0, 3, 6, 9], np.uint16).reshape((1,) * self.scales.ndim + (4,))
-        sc = ((self.scales[..., None] >> shifts) & np.uint16(7)).reshape(*lead, 16)
-        d = self._half_bits().view(jnp.float16)
-        scale = as_float(d)[..., None] * (as_float(sc) * np.float32(2) + np.float32(1))
-        return _scaled(scale, _flat(q, tuple(lead)))
+        d = jax.lax.bitcast_convert_type(self._d_bits, jnp.float16)
+        sc = fields_of_each(self.scales, 3, 4).reshape(*lead, 16).astype(jnp.uint8)
+        high = fields_of_each(self.qh, 4, 2).reshape(*lead, 32)
+        code = _with_high_bits(self.qs, high & np.uint8(7))
+        q = _shifted(_groups("IQ1_M", code), high >> np.uint8(3))
+        return _scaled(_odd_scale(d, sc, 1 / 8), q)
 
-    def _half_bits(self) -> Any:
-        """Bits of d, uint16, lowest nibble first; for arrays of jax and of numpy."""
-        top = self.scales >> np.uint16(12)
-        low = top[..., 0] | top[..., 1] << np.uint16(4)
-        return low | top[..., 2] << np.uint16(8) | top[..., 3] << np.uint16(12)
+    @property
+    def _d_bits(self) -> Leaf:
+        """The bits of d, uint16 `[*out, nb]`: lowest nibble first."""
+        d = self.scales[..., 0] >> 12
+        for word in (1, 2, 3):
+            d = d | ((self.scales[..., word] >> 12) << 4 * word)
+        return d
 
-    def non_finite(self) -> dict[str, np.ndarray]:
-        """As in `Block`: of each block's d."""
-        return {"scales": ~np.isfinite(self._half_bits().view(np.float16))}
+    def not_finite(self) -> dict[str, Bool[np.ndarray, ...]]:
+        """Those of d, one a block."""
+        return {"scales": (self._d_bits & 0x7C00) == 0x7C00}

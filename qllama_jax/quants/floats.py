@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
 from qllama_jax.quants.block import Block, Leaf, block_format
 
@@ -43,6 +43,6 @@ class BF16(Block):
         """Return the float32 whose upper half is w."""
         return jax.lax.bitcast_convert_type(self.w.astype(jnp.uint32) << np.uint32(16), jnp.float32)
 
-    def non_finite(self) -> dict[str, np.ndarray]:
-        """As in `Block`."""
-        return {"w": (np.asarray(self.w) & np.uint16(0x7F80)) == 0x7F80}
+    def not_finite(self) -> dict[str, Bool[np.ndarray, ...]]:
+        """Those whose exponent is all ones."""
+        return {"w": (self.w & 0x7F80) == 0x7F80}

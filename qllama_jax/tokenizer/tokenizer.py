@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from qllama_jax.chat_template import ChatTemplateError, render_chat
-from qllama_jax.gguf_file import read_gguf
 from qllama_jax.metadata import Metadata
+from qllama_jax.model_file import read_model_file
 from qllama_jax.tokenizer.bpe import SPACE, ScoredBPE
 from qllama_jax.tokenizer.special_tokens import HIDDEN_TYPES
 from qllama_jax.tokenizer.stream_decoder import StreamDecoder
@@ -49,8 +49,8 @@ class Tokenizer:
     def from_gguf(
         cls, path: str | os.PathLike[str], *, chat_template: str | None = None
     ) -> Tokenizer:
-        """Tokenizer of a GGUF file, which may hold no weights. Errors: as `from_metadata`."""
-        return cls.from_metadata(read_gguf(path).metadata, chat_template=chat_template)
+        """Tokenizer of a model file, which may hold no weights. Errors: as `from_metadata`."""
+        return cls.from_metadata(read_model_file(path).metadata, chat_template=chat_template)
 
     @classmethod
     def from_metadata(

@@ -1,0 +1,27 @@
+"""Path -> opened model file of whichever kind: the one place that looks at the magic."""
+
+from __future__ import annotations
+
+import os
+
+from qllama_jax.ggml_file import CONTAINERS, NO_MODELS, read_ggml
+from qllama_jax.gguf_file import read_gguf
+from qllama_jax.tensor_file import GGUFFile, open_regular
+
+
+def read_model_file(path: str | os.PathLike[str], *, gqa: int | None = None) -> GGUFFile:
+    """Open a GGUF file, or a GGML, GGMF or GGJT file from before GGUF; reads headers alone.
+
+    `gqa` is the number of query heads that share a key-value head, which the older files do not
+    say: it is inferred from their tensors, and one that is given must agree. Raises `GGUFError`
+    for a bad file, ValueError where `gqa` is given for a GGUF file.
+    """
+    name = os.path.abspath(os.fsdecode(path))
+    with open_regular(name) as (file, _):
+        magic = file.read(4)
+    if magic in CONTAINERS or magic in NO_MODELS:
+        return read_ggml(name, gqa=gqa)
+    opened = read_gguf(name)
+    if gqa is not None:
+        raise ValueError(f"gqa={gqa} for {name}: a GGUF file says it itself; leave gqa out")
+    return opened
