@@ -8,24 +8,24 @@ from qllama_jax.cache import KVCache, init_cache, resize_cache
 from qllama_jax.chat_template import ChatTemplateError
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import (
-    Decoded,
+    Chosen,
     DecodeState,
     Finish,
     decode_many,
-    generate_tokens,
     prefill,
-    recent_tokens,
     row_keys,
     start_decoding,
 )
 from qllama_jax.errors import ContextOverflowError, GGUFError, NumericalError
 from qllama_jax.generate import Piece, Result, generate, stream
+from qllama_jax.generate_tokens import Decoded, generate_tokens
 from qllama_jax.gguf_file import read_gguf
 from qllama_jax.load import Model, load
 from qllama_jax.matmul import matmul
 from qllama_jax.model import embed, forward, hidden_states, sites, unembed
 from qllama_jax.model_file import read_model_file
 from qllama_jax.params import Params
+from qllama_jax.penalties import recent_tokens
 from qllama_jax.quants import Block
 from qllama_jax.sampling import Sampling
 from qllama_jax.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Block",
     "ChatTemplateError",
+    "Chosen",
     "ContextOverflowError",
     "DecodeState",
     "Decoded",

@@ -10,15 +10,15 @@ import argparse
 import io
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qllama_jax.errors import NumericalError
 from qllama_jax.interrupts import exit_at_interrupt
+from qllama_jax.sampling_flags import add_sampling, add_whole, read_options
 
 if TYPE_CHECKING:
     from qllama_jax.generate import Piece
@@ -79,34 +79,24 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command(_generate, "continue a text")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue")
-    _add_sampling(generate)
+    add_sampling(generate)
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
     _add_computing(generate)
 
     chat = command(_chat, "talk to a model; /clear forgets, /exit or end of input ends")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
     chat.add_argument("--chat-template", metavar="FILE", help="a Jinja template for the file's own")
-    _add_sampling(chat)
+    add_sampling(chat)
     _add_computing(chat)
 
     command(_info, "say what is in a file, without loading it")
 
     bench = command(_bench, "measure tokens a second, compilation left out")
-    _add_whole(bench, "-p --prompt-tokens", 128, "tokens of the prompt", lo=1)
-    _add_whole(bench, "-n --max-new-tokens", 64, "tokens to generate", lo=1)
+    add_whole(bench, "-p --prompt-tokens", 128, "tokens of the prompt", lo=1)
+    add_whole(bench, "-n --max-new-tokens", 64, "tokens to generate", lo=1)
     bench.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
     _add_computing(bench)
     return parser
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    _add_whole(parser, "-n --max-new-tokens", 128, "tokens to generate at the most", lo=1)
-    _add_float(parser, "--temperature", 0.8, "0 takes the likeliest token")
-    _add_whole(parser, "--top-k", 40, "keep the K likeliest tokens; 0: all")
-    _add_float(parser, "--top-p", 0.95, "keep the likeliest tokens up to this probability; 1: all")
-    _add_float(parser, "--min-p", 0.05, "keep tokens this likely, next to the likeliest; 0: all")
-    _add_float(parser, "--repeat-penalty", 1.0, "make recent tokens less likely; 1: not")
-    _add_whole(parser, "--seed", None, "of the draws", hi=2**32 - 1)
 
 
 def _add_computing(parser: argparse.ArgumentParser) -> None:
@@ -123,34 +113,8 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_whole(
-    parser: argparse.ArgumentParser,
-    flags: str,
-    default: int | None,
-    text: str,
-    *,
-    lo: int = 0,
-    hi: int = 2**31 - 1,
-) -> None:
-    def whole(value: str) -> int:
-        if not (value.isascii() and value.isdigit() and len(value) < 20 and lo <= int(value) <= hi):
-            raise argparse.ArgumentTypeError(f"found {value!r}, wanted an integer in {lo}..{hi}")
-        return int(value)
-
-    shown = "random" if default is None else default
-    parser.add_argument(
-        *flags.split(), type=whole, default=default, metavar="N", help=f"{text} (default: {shown})"
-    )
-
-
-def _add_float(parser: argparse.ArgumentParser, flag: str, default: float, text: str) -> None:
-    parser.add_argument(
-        flag, type=float, default=default, metavar="X", help=f"{text} (default: {default})"
-    )
-
-
 def _generate(arguments: argparse.Namespace) -> None:
-    options = _options(arguments)
+    options = read_options(arguments)
     model = _load(arguments)
     from qllama_jax.chat import show
     from qllama_jax.generate import stream
@@ -162,7 +126,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    options = _options(arguments)
+    options = read_options(arguments)
     file = arguments.chat_template
     model = _load(arguments, None if file is None else Path(file).read_text(encoding="utf-8"))
     from qllama_jax.chat import converse
@@ -202,21 +166,6 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(table(report), file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(report))
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return `stream`'s keywords; raises for a parameter out of range, before a model is loaded."""
-    from qllama_jax.sampling import Sampling, check_sampling
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
-    sampling = {name: getattr(arguments, name) for name in names}
-    check_sampling(Sampling(**sampling))
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    return sampling | {
-        "max_new_tokens": arguments.max_new_tokens,
-        "activations": arguments.activations,
-        "seed": seed,
-    }
 
 
 def _closing_line(last: Piece, seed: int) -> str:

@@ -5,7 +5,7 @@ Both read the events of one `Session`, so they give the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from qllama_jax.load import Model
 from qllama_jax.matmul import Activations
 from qllama_jax.row_text import RowText, stop_strings
 from qllama_jax.sampling import Sampling
+from qllama_jax.sampling_ranges import read_logit_bias
 from qllama_jax.session import Session, Stats
 
 
@@ -28,6 +29,8 @@ class Result:
     logprobs: each token's log-probability under the unmodified logits, float32 `[len(tokens)]`.
     finish_reason: "stop" (a stop token or string) or "length".
     stats: of the whole call, all rows together.
+    top_logprobs: for each token, (id, log-probability) of the `top_logprobs` likeliest tokens in
+        its place under the unmodified logits, the likeliest first.
     """
 
     text: str
@@ -35,13 +38,15 @@ class Result:
     logprobs: np.ndarray = field(repr=False)
     finish_reason: str
     stats: Stats = field(repr=False)
+    top_logprobs: list[list[tuple[int, float]]] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Piece:
     """One token of a stream. `text` may be empty: a character can take several tokens.
 
-    `finish_reason` and `stats` are None but for the last piece.
+    `finish_reason` and `stats` are None but for the last piece; `top_logprobs` is one item of
+    `Result.top_logprobs`.
     """
 
     text: str
@@ -49,6 +54,7 @@ class Piece:
     logprob: float
     finish_reason: str | None = None
     stats: Stats | None = None
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list, repr=False)
 
 
 def generate(
@@ -56,9 +62,12 @@ def generate(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
+    top_logprobs: int = 0,
+    logit_bias: Mapping[int, float] | Any = 0.0,
+    banned_tokens: Sequence[int] = (),
     activations: Activations = "auto",
     **sampling: Any,
 ) -> Any:
@@ -68,11 +77,19 @@ def generate(
         model: from `load`.
         prompt: a text, or token ids; a list of texts or of lists of ids is a batch.
         max_new_tokens: the most tokens to generate a row, at least 1.
-        seed: of the draws; row b draws from `fold_in(key(seed), b)`.
+        seed: of the draws; row b draws from `fold_in(key(seed), b)`. One seed a row: row b gets
+            what its prompt alone gets with that seed, from `fold_in(key(seed[b]), 0)`.
         stop: texts that end a row where they appear.
         ignore_eos: go on past end-of-generation tokens.
+        top_logprobs: of how many of the likeliest tokens to give the log-probabilities, 0..1000
+            and at most the vocabulary; another number compiles anew.
+        logit_bias: {token id: what is added to its logit}, for every row, or an array as in
+            `Sampling`. -inf bans a token.
+        banned_tokens: ids that are never generated, in any row.
         activations: see `matmul`.
-        **sampling: the fields of `Sampling`, numbers or one a row. By default greedy.
+        **sampling: the other fields of `Sampling`, numbers or one a row. By default greedy.
+            penalty_last_n is a number of tokens or -1, all; above 64, each power of two compiles
+            anew.
 
     Returns:
         A `Result`, or a list of them for a list of prompts.
@@ -84,7 +101,17 @@ def generate(
     """
     prompts, is_batch = read_prompts(model, prompt)
     session, rows = _session(
-        model, prompts, max_new_tokens, seed, stop, ignore_eos, activations, sampling
+        model,
+        prompts,
+        stop,
+        ignore_eos,
+        logit_bias,
+        banned_tokens,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        top_logprobs=top_logprobs,
+        activations=activations,
     )
     for event in session.run():
         row = rows[event.row]
@@ -98,6 +125,7 @@ def generate(
             logprobs=np.asarray(row.logprobs, np.float32),
             finish_reason=row.finish.name.lower(),
             stats=session.stats,
+            top_logprobs=row.top_logprobs,
         )
         for row in rows
     ]
@@ -109,9 +137,12 @@ def stream(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
+    top_logprobs: int = 0,
+    logit_bias: Mapping[int, float] | Any = 0.0,
+    banned_tokens: Sequence[int] = (),
     activations: Activations = "auto",
     **sampling: Any,
 ) -> Iterator[Piece]:
@@ -123,7 +154,17 @@ def stream(
     if is_batch:
         raise TypeError("stream takes one prompt; generate takes a list of them")
     session, (row,) = _session(
-        model, prompts, max_new_tokens, seed, stop, ignore_eos, activations, sampling
+        model,
+        prompts,
+        stop,
+        ignore_eos,
+        logit_bias,
+        banned_tokens,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        top_logprobs=top_logprobs,
+        activations=activations,
     )
     return _pieces(session, row)
 
@@ -131,36 +172,37 @@ def stream(
 def _pieces(session: Session, row: RowText) -> Iterator[Piece]:
     for event in session.run():
         text = row.add(event)
+        top = event.top_logprobs
         if row.finish != Finish.RUNNING:
             reason = row.finish.name.lower()
-            yield Piece(text, event.token, event.logprob, reason, session.stats)
+            yield Piece(text, event.token, event.logprob, reason, session.stats, top)
             return
-        yield Piece(text, event.token, event.logprob)
+        yield Piece(text, event.token, event.logprob, top_logprobs=top)
 
 
 def _session(
     model: Model,
     prompts: list[np.ndarray],
-    max_new_tokens: int,
-    seed: int,
     stop: str | Sequence[str],
     ignore_eos: bool,
-    activations: Activations,
+    logit_bias: Any,
+    banned_tokens: Sequence[int],
     sampling: dict[str, Any],
+    **options: Any,
 ) -> tuple[Session, list[RowText]]:
+    """`options` are `Session`'s."""
     strings = stop_strings(stop)
     tokenizer = model.tokenizer if model.has_tokenizer else None
     if tokenizer is None and strings:
         raise ValueError(f"stop: {model.path} has no tokenizer")
     eog = frozenset() if tokenizer is None or ignore_eos else tokenizer.eog_ids
+    bias = read_logit_bias(logit_bias, banned_tokens, model.config.vocab_size, len(prompts))
     session = Session(
         model,
         prompts,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
         stop_tokens=eog,
-        sampling=Sampling(**sampling),
-        activations=activations,
+        sampling=Sampling(logit_bias=bias, **sampling),
+        **options,
     )
     return session, [RowText(tokenizer, strings, continues=True) for _ in prompts]
 

@@ -27,6 +27,7 @@ class RowText:
         """`tokenizer` None: no text, for a file without a vocabulary."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
         self.text = ""
         self.finish = Finish.RUNNING
         self._decoder = tokenizer and tokenizer.stream_decoder(continues=continues)
@@ -37,6 +38,7 @@ class RowText:
         """Take the row's next token; return the text that is certain now."""
         self.tokens.append(event.token)
         self.logprobs.append(event.logprob)
+        self.top_logprobs.append(event.top_logprobs)
         self.finish = event.finish
         text = self._held
         if self._decoder is not None:

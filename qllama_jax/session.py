@@ -8,9 +8,8 @@ decode loop a cache size, and the work of a step follows the positions that are 
 from __future__ import annotations
 
 import dataclasses
-import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,26 +19,29 @@ import numpy as np
 
 from qllama_jax import decoding
 from qllama_jax.cache import KVCache, init_cache, resize_cache
-from qllama_jax.decoding import DecodeState, Finish, row_keys
+from qllama_jax.decoding import Chosen, DecodeState, Finish
 from qllama_jax.errors import ContextOverflowError, NumericalError
 from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations
-from qllama_jax.sampling import PENALTY_WINDOW, Sampling, check_sampling
+from qllama_jax.sampling import Sampling
+from qllama_jax.sampling_ranges import check_sampling
+from qllama_jax.session_arguments import keys_of, power_of_two, whole, with_window
 
 SMALLEST_PROMPT = 8  # the smallest padded prompt
 PREFILL_CHUNK = 2048  # the largest; a longer prompt goes in several
 SMALLEST_CACHE = 128  # positions that decoding starts with
 MAX_STEPS = 64  # steps of one dispatch at the most
 DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
+MOST_TOP_LOGPROBS = 1000  # tokens whose log-probabilities one may ask for
 
 # Caches and states belong to one session alone, so they are donated and updated in place.
 _prefill = jax.jit(
     decoding.prefill, static_argnames=("config", "activations"), donate_argnames="cache"
 )
-_start = jax.jit(decoding.start_decoding, donate_argnames="cache")
+_start = jax.jit(decoding.start_decoding, static_argnames="top_logprobs", donate_argnames="cache")
 _decode = jax.jit(
     decoding.decode_many,
-    static_argnames=("config", "max_steps", "activations"),
+    static_argnames=("config", "max_steps", "activations", "top_logprobs"),
     donate_argnames="state",
 )
 _resize = jax.jit(resize_cache, static_argnames="max_length")
@@ -73,6 +75,7 @@ class Event(NamedTuple):
     token: int
     logprob: float
     finish: Finish
+    top_logprobs: list[tuple[int, float]]
 
 
 class Session:
@@ -84,16 +87,19 @@ class Session:
         prompts: list[np.ndarray],
         *,
         max_new_tokens: int,
-        seed: int,
+        seed: int | Sequence[int],
         stop_tokens: frozenset[int],
         sampling: Sampling,
         activations: Activations,
+        top_logprobs: int,
     ) -> None:
         """Check everything that can be checked before work begins; the errors of `generate`."""
         check_activations(activations)
-        check_sampling(sampling, len(prompts))
-        max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
-        seed = _whole("seed", seed, 0, 2**32 - 1)
+        check_sampling(sampling, len(prompts), model.config.vocab_size)
+        most = min(MOST_TOP_LOGPROBS, model.config.vocab_size)
+        self.top_logprobs = whole("top_logprobs", top_logprobs, 0, most)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
+        self.keys = keys_of(seed, len(prompts))
         longest = max(len(prompt) for prompt in prompts)
         context = model.config.context_length
         if longest + max_new_tokens > context:
@@ -105,8 +111,8 @@ class Session:
         self.model = model
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
-        self.keys = row_keys(jax.random.key(seed), len(prompts))
         self.stop_tokens = np.asarray(sorted(stop_tokens), np.int32)
+        sampling, self.penalty_window = with_window(sampling, longest + max_new_tokens)
         self.sampling = sampling.per_row(len(prompts))
         self.activations: Activations = activations
         self.stats = Stats(prompt_tokens=sum(map(len, prompts)))
@@ -124,16 +130,15 @@ class Session:
         """
         began = time.perf_counter()
         logits, cache = self._prefill()
-        state, logprob = _start(
-            logits, cache, self._recent(), self.keys, self.sampling, self.stop_tokens
-        )
-        chosen, before = np.asarray(state.token)[:, None], np.zeros(len(self.prompts), np.int32)
-        logprobs = np.asarray(logprob)[:, None]
+        arguments = logits, cache, self._recent(), self.keys, self.sampling, self.stop_tokens
+        state, first = _start(*arguments, top_logprobs=self.top_logprobs)
+        chosen = jax.tree.map(lambda column: np.asarray(column)[:, None], first)
+        before = np.zeros(len(self.prompts), np.int32)
         self.stats.prefill_seconds = time.perf_counter() - began
         filled, done, steps = max(map(len, self.prompts)), 1, 1
         while True:
             finish, after = np.asarray(state.finish), np.asarray(state.generated)
-            yield from self._events(chosen, logprobs, before, after, finish)
+            yield from self._events(chosen, before, after, finish)
             running = (finish == Finish.RUNNING) & ~np.isin(
                 np.arange(len(finish)), list(self._stopped)
             )
@@ -147,7 +152,7 @@ class Session:
                 )
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
-            state, tokens, logprobs, ran = _decode(
+            state, chosen, ran = _decode(
                 self.model.params,
                 state,
                 self.sampling,
@@ -156,9 +161,10 @@ class Session:
                 config=self.model.config,
                 max_steps=MAX_STEPS,
                 activations=self.activations,
+                top_logprobs=self.top_logprobs,
             )
             count = int(ran)
-            chosen, logprobs, before = np.asarray(tokens), np.asarray(logprobs), after
+            chosen, before = jax.tree.map(np.asarray, chosen), after
             filled, done = filled + count, done + count
             seconds = time.perf_counter() - began
             self.stats.decode_seconds += seconds
@@ -170,7 +176,7 @@ class Session:
         """Run the prompts a chunk at a time; they are padded in numpy, which compiles nothing."""
         lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
         longest = int(lengths.max())
-        width = min(_power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
+        width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
         cache = init_cache(self.model.config, len(self.prompts), width)
         logits = None
         for begin in range(0, longest, width):
@@ -179,7 +185,7 @@ class Session:
             for row, prompt in enumerate(self.prompts):
                 tokens[row, : counts[row]] = prompt[begin : begin + width]
             # The room grows with the chunks, so the early ones do not attend to all of it.
-            room = _power_of_two(begin + width, width)
+            room = power_of_two(begin + width, width)
             if cache.max_length < room:
                 cache = _resize(cache, max_length=room)
             new, cache = _prefill(
@@ -197,28 +203,28 @@ class Session:
 
     def _recent(self) -> np.ndarray:
         """`recent_tokens` of the prompts, in numpy: that would compile for every length anew."""
-        recent = np.full((len(self.prompts), PENALTY_WINDOW), -1, np.int32)
+        W = self.penalty_window
+        recent = np.full((len(self.prompts), W), -1, np.int32)
         for row, prompt in enumerate(self.prompts):
-            tail = prompt[-PENALTY_WINDOW:]
-            recent[row, PENALTY_WINDOW - len(tail) :] = tail
+            tail = prompt[-W:]
+            recent[row, W - len(tail) :] = tail
         return recent
 
     def _with_room(self, state: DecodeState, filled: int) -> DecodeState:
-        size = _power_of_two(filled + 1, SMALLEST_CACHE)
+        size = power_of_two(filled + 1, SMALLEST_CACHE)
         if state.cache.max_length >= size:
             return state
         return dataclasses.replace(state, cache=_resize(state.cache, max_length=size))
 
     def _events(
         self,
-        tokens: np.ndarray,
-        logprobs: np.ndarray,
+        chosen: Chosen,
         before: np.ndarray,
         after: np.ndarray,
         finish: np.ndarray,
     ) -> Iterator[Event]:
         """Yield the tokens of one dispatch by step; row b has after[b] - before[b] of them."""
-        for step in range(tokens.shape[1]):
+        for step in range(chosen.tokens.shape[1]):
             for row in np.flatnonzero(before + step < after):
                 if row in self._stopped:
                     continue
@@ -228,22 +234,14 @@ class Session:
                     code = Finish.STOP
                 elif count == self.max_new_tokens:
                     code = Finish.LENGTH
-                yield Event(int(row), int(tokens[row, step]), float(logprobs[row, step]), code)
+                token, logprob = int(chosen.tokens[row, step]), float(chosen.logprobs[row, step])
+                likeliest = chosen.top_tokens[row, step].tolist()
+                top = list(zip(likeliest, chosen.top_logprobs[row, step].tolist(), strict=True))
+                yield Event(int(row), token, logprob, code, top)
         for row in np.flatnonzero(finish == Finish.ERROR):
             if row not in self._stopped:
                 raise NumericalError(
                     f"row {row}: the logits for generated token {after[row]} are not finite: a"
-                    " weight or an activation is NaN or infinite"
+                    " weight or an activation is NaN or infinite, or biases and penalties leave no"
+                    " finite one"
                 )
-
-
-def _whole(name: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if not low <= (value := operator.index(value)) <= high:
-        raise ValueError(f"{name}={value}: expected {low}..{high}")
-    return value
-
-
-def _power_of_two(size: int, smallest: int) -> int:
-    return max(smallest, 1 << (size - 1).bit_length())

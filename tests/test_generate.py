@@ -36,7 +36,8 @@ def model(path):
 
 @pytest.fixture(scope="module")
 def generate_tokens():
-    return jax.jit(ql.generate_tokens, static_argnames=("config", "max_new_tokens", "activations"))
+    static = ("config", "max_new_tokens", "activations", "penalty_window", "top_logprobs")
+    return jax.jit(ql.generate_tokens, static_argnames=static)
 
 
 def padded(prompts, width=16, filler=0):
@@ -58,6 +59,8 @@ def run(
     filler=0,
     cache=None,
     history=None,
+    penalty_window=64,
+    top_logprobs=0,
     **fields,
 ):
     tokens, lengths = padded(prompts, filler=filler)
@@ -72,6 +75,8 @@ def run(
         stop_tokens=np.asarray(stop, np.int32),
         cache=cache,
         history=history,
+        penalty_window=penalty_window,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -159,7 +164,7 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
     state, _ = ql.start_decoding(
         logits,
         cache,
-        decoding.recent_tokens(tokens, lengths),
+        ql.recent_tokens(tokens, lengths),
         decoding.row_keys(jax.random.key(0), 1),
         ql.Sampling(),
         jnp.zeros((0,), jnp.int32),
@@ -198,7 +203,7 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
         traces["decode"].append(state.cache.max_length)
         return decoding.decode_many(params, state, *arguments, **static)
 
-    static = ("config", "max_steps", "activations")
+    static = ("config", "max_steps", "activations", "top_logprobs")
     monkeypatch.setattr(
         session, "_prefill", jax.jit(prefill, static_argnames=("config", "activations"))
     )

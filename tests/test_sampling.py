@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
-from qllama_jax.sampling import check_sampling, kept, penalize, sample
+from qllama_jax.penalties import penalize
+from qllama_jax.sampling import kept, sample
+from qllama_jax.sampling_ranges import check_sampling
 
 #: Chi-square that a correct sampler exceeds once in 10,000 times, by degrees of freedom.
 CHI_SQUARE = {1: 15.14, 2: 18.42, 3: 21.11, 7: 29.88}
 
-NOTHING_RECENT = jnp.full((1, 1), -1, jnp.int32)
+
+def looking_back(tokens: Any, width: int = 64) -> jax.Array:
+    """Recent tokens [B, W], the last ones those given, [B, n] with n <= W."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    B, n = tokens.shape
+    return jnp.concatenate([jnp.full((B, width - n), -1, jnp.int32), tokens], axis=1)
+
+
+NOTHING_RECENT = looking_back(np.zeros((1, 0)))
 
 
 def logits_of(probabilities: Any) -> jax.Array:
@@ -34,11 +44,20 @@ def kept_ids(logits: jax.Array, **parameters: Any) -> list[int]:
 def draw(logits: jax.Array, keys: jax.Array, recent: Any = None, **parameters: Any) -> np.ndarray:
     """One token a key, all from the same logits [1, V]."""
     B = keys.shape[0]
-    recent = jnp.broadcast_to(NOTHING_RECENT if recent is None else recent, (B, 1))
+    recent = jnp.broadcast_to(NOTHING_RECENT if recent is None else recent, (B, 64))
     rows = jnp.broadcast_to(logits, (B, logits.shape[-1]))
     tokens = jax.jit(sample)(rows, keys, ql.Sampling(**parameters).per_row(B), recent)
     assert tokens.dtype == np.int32
     return np.asarray(tokens)
+
+
+def penalized(logits: jax.Array, recent: Any, repeat: Any, **penalties: Any) -> jax.Array:
+    """`penalize` with numbers or [B] numbers; by default of all of `recent`."""
+    B = logits.shape[0]
+    fields = {"frequency": 0.0, "presence": 0.0, "last_n": np.int32(-1)} | penalties
+    rows = {name: jnp.broadcast_to(jnp.asarray(x), (B,)) for name, x in fields.items()}
+    repeat = jnp.broadcast_to(jnp.asarray(repeat), (B,))
+    return penalize(logits, jnp.asarray(recent, jnp.int32), repeat=repeat, **rows)
 
 
 def keys_of(number: int, seed: int = 0) -> jax.Array:
@@ -49,7 +68,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-# Filters: what tests/test-sampling.cpp of llama.cpp expects.
+# Filters and penalties: what tests/test-sampling.cpp of llama.cpp expects.
 
 
 @pytest.mark.parametrize(
@@ -163,13 +182,43 @@ def test_top_k_of_the_vocabulary_and_more_keeps_all(top_k: int):
 def test_penalty_divides_positive_and_multiplies_negative_logits_once_a_token():
     logits = jnp.asarray([[6.0, -1.5, 0.0, 4.0, -2.0]])
     recent = jnp.asarray([[0, 1, 1, 0, 2, 0]], jnp.int32)
-    found = penalize(logits, recent, jnp.asarray([3.0]))
+    found = penalized(logits, recent, 3.0)
     np.testing.assert_array_equal(found, [[2.0, -4.5, 0.0, 4.0, -2.0]])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "typical_p", "expected"),
+    [([0.97, 0.01, 0.01, 0.01], 0.5, [0]), ([0.4, 0.2, 0.2, 0.2], 0.5, [1, 2, 3])],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_typical_p_leaves_the_tokens_that_llama_cpp_expects(
+    probabilities: list[float], typical_p: float, expected: list[int], temperature: float
+):
+    logits = logits_of(probabilities)
+    assert kept_ids(logits, typical_p=typical_p) == expected
+    tokens = draw(logits, keys_of(100), temperature=temperature, typical_p=typical_p)
+    assert set(tokens.tolist()) == set(expected if temperature else expected[:1])
+
+
+@pytest.mark.parametrize(
+    ("recent", "expected"),
+    [
+        ([0], [0.000011, 0.249997, 0.249997, 0.249997, 0.249997]),
+        ([0, 1, 2], [0.000023, 0.000023, 0.000023, 0.499966, 0.499966]),
+        ([0, 1, 2, 0, 0], [0.000000, 0.000023, 0.000023, 0.499977, 0.499977]),
+    ],
+    ids=str,
+)
+def test_presence_and_frequency_leave_the_probabilities_that_llama_cpp_expects(
+    recent: list[int], expected: list[float]
+):
+    found = penalized(logits_of([0.2] * 5), [recent], 1.0, frequency=5.0, presence=5.0)
+    np.testing.assert_allclose(np.asarray(jax.nn.softmax(found))[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("recent", [[0], [0, 1, 2], [0, 1, 2, 0, 0]], ids=str)
 def test_penalty_leaves_the_probabilities_that_llama_cpp_expects(recent: list[int]):
-    found = penalize(logits_of([0.2] * 5), jnp.asarray([recent], jnp.int32), jnp.asarray([50.0]))
+    found = penalized(logits_of([0.2] * 5), [recent], 50.0)
     seen = len(set(recent))
     expected = [0.0] * seen + [1 / (5 - seen)] * (5 - seen)
     np.testing.assert_allclose(np.asarray(jax.nn.softmax(found))[0], expected, atol=1e-5)
@@ -178,7 +227,7 @@ def test_penalty_leaves_the_probabilities_that_llama_cpp_expects(recent: list[in
 def test_penalty_ignores_ids_that_are_no_tokens():
     logits = jnp.asarray(normal(2, 7))
     recent = jnp.asarray([[-1, 7, -7, 8], [2**31 - 1, -(2**31), -1, 3]], jnp.int32)
-    found = np.asarray(penalize(logits, recent, jnp.asarray([2.0, 2.0])))
+    found = np.asarray(penalized(logits, recent, 2.0))
     changed = np.argwhere(found != np.asarray(logits))
     assert changed.tolist() == [[1, 3]]
 
@@ -186,7 +235,7 @@ def test_penalty_ignores_ids_that_are_no_tokens():
 def test_penalty_of_1_changes_no_bit_and_rows_have_penalties_of_their_own():
     logits = jnp.full((3, 4), 2.0)
     recent = jnp.asarray([[0], [1], [2]], jnp.int32)
-    found = penalize(logits, recent, jnp.asarray([1.0, 4.0, 0.5]))
+    found = penalized(logits, recent, [1.0, 4.0, 0.5])
     np.testing.assert_array_equal(found, [[2, 2, 2, 2], [2, 0.5, 2, 2], [2, 2, 4, 2]])
 
 
@@ -194,11 +243,57 @@ def test_penalty_of_1_changes_no_bit_and_rows_have_penalties_of_their_own():
 def test_penalty_comes_before_the_filters_and_greedy(temperature: float):
     logits = jnp.asarray([[1.0, 3.0, 2.0]])
     plain = draw(logits, keys_of(50), temperature=temperature, top_k=1)
-    recent = jnp.asarray([[1]], jnp.int32)
-    penalized = draw(
-        logits, keys_of(50), recent, temperature=temperature, top_k=1, repeat_penalty=2.0
-    )
-    assert (set(plain.tolist()), set(penalized.tolist())) == ({1}, {2})
+    for penalty in ({"repeat_penalty": 2.0}, {"presence_penalty": 1.5}, {"frequency_penalty": 1.5}):
+        fields = {"temperature": temperature, "top_k": 1} | penalty
+        changed = draw(logits, keys_of(50), looking_back([[1]]), **fields)
+        assert (set(plain.tolist()), set(changed.tolist())) == ({1}, {2})
+
+
+def test_penalties_look_back_on_last_n_tokens_and_on_no_other():
+    logits = jnp.full((6, 5), 2.0)
+    recent = [[0, 1, 1, 2, 1]] * 6
+    last_n = np.asarray([0, 1, 2, 4, 5, -1], np.int32)
+    found = penalized(logits, recent, 2.0, frequency=0.25, presence=0.5, last_n=last_n)
+    times = [[0, 0, 0], [0, 1, 0], [0, 1, 1], [0, 3, 1], [1, 3, 1], [1, 3, 1]]
+    expected = [[1 - 0.25 * c - 0.5 if c else 2 for c in row] + [2, 2] for row in times]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_row_whose_window_is_not_held_gets_no_token():
+    logits = jnp.asarray(normal(1, 9))
+    full, room = jnp.zeros((1, 64), jnp.int32), looking_back([[0] * 63])
+    for recent, last_n, chooses in (
+        (full, 64, True),
+        (full, 65, False),
+        (full, -1, False),
+        (room, 65, False),
+        (room, -1, True),
+    ):
+        sampling = ql.Sampling(penalty_last_n=last_n).per_row(1)
+        token = sample(logits, keys_of(1), sampling, recent)
+        assert int(token[0]) == (np.argmax(logits) if chooses else -1)
+
+
+def test_a_bias_is_added_first_and_minus_infinity_bans():
+    logits = jnp.asarray([[1.0, 3.0, 2.0, -4.0]])
+    bias = np.asarray([2.5, -np.inf, 0.0, 0.0])
+    assert draw(logits, keys_of(1), logit_bias=bias).tolist() == [0]
+    # 1 + 2.5 is halved; 1 / 2 + 2.5 would be the largest.
+    fields = {"logit_bias": bias, "repeat_penalty": 2.0}
+    assert draw(logits, keys_of(1), looking_back([[0]]), **fields).tolist() == [2]
+    for filters in ({}, {"top_k": 2}, {"typical_p": 0.5}, {"top_p": 0.5}, {"min_p": 0.5}):
+        tokens = draw(logits, keys_of(2000), temperature=50.0, logit_bias=bias, **filters)
+        assert 1 not in tokens
+    every = np.full(4, -np.inf)
+    assert draw(logits, keys_of(2), temperature=1.0, logit_bias=every).tolist() == [-1, -1]
+
+
+def test_a_batch_has_biases_of_its_own_or_one_for_all():
+    logits = jnp.zeros((2, 3))
+    bias = np.asarray([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
+    sampling = ql.Sampling(logit_bias=bias).per_row(2)
+    recent = jnp.full((2, 64), -1, jnp.int32)
+    assert sample(logits, keys_of(2), sampling, recent).tolist() == [1, 2]
 
 
 # Draws.
@@ -285,6 +380,10 @@ ROWS = [
     {"temperature": 1.0, "repeat_penalty": 3.0},
     {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repeat_penalty": 1.1},
     {"repeat_penalty": 5.0},
+    {"temperature": 0.9, "presence_penalty": 1.5, "penalty_last_n": 2},
+    {"temperature": 0.9, "frequency_penalty": -0.5, "penalty_last_n": 0},
+    {"temperature": 1.1, "typical_p": 0.4},
+    {"typical_p": 0.3},
 ]
 
 
@@ -293,7 +392,7 @@ def test_each_row_of_a_batch_draws_what_it_draws_alone():
     alone = [ql.Sampling(**row).per_row(1) for row in ROWS]
     together = jax.tree.map(lambda *fields: jnp.concatenate(fields), *alone)
     logits = jnp.asarray(2 * normal(B, V))
-    recent = jnp.asarray(np.argsort(-logits, axis=1)[:, :4].astype(np.int32))
+    recent = looking_back(np.argsort(-logits, axis=1)[:, :4])
     jitted = jax.jit(sample)
     drawn = set()
     for seed in range(25):
@@ -312,7 +411,7 @@ def test_sample_under_vmap_equals_rows_of_a_batch():
     alone = [ql.Sampling(**row).per_row(1) for row in ROWS]
     together = jax.tree.map(lambda *fields: jnp.concatenate(fields), *alone)
     stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *alone)
-    logits, recent = jnp.asarray(2 * normal(B, V)), jnp.zeros((B, 1), jnp.int32)
+    logits, recent = jnp.asarray(2 * normal(B, V)), jnp.zeros((B, 64), jnp.int32)
     keys = keys_of(B)
     arguments = logits[:, None], keys[:, None], stacked, recent[:, None]
     vmapped = jax.jit(jax.vmap(sample))(*arguments)
@@ -327,7 +426,7 @@ def test_no_value_of_any_parameter_traces_again():
     def step(logits: jax.Array, keys: jax.Array, sampling: ql.Sampling) -> jax.Array:
         traces.append(logits.shape)
         B = logits.shape[0]
-        recent = jnp.zeros((B, 1), jnp.int32)
+        recent = jnp.zeros((B, 64), jnp.int32)
         return sample(logits, keys, sampling.per_row(B), recent)
 
     logits = jnp.asarray(normal(2, 16))
@@ -336,14 +435,33 @@ def test_no_value_of_any_parameter_traces_again():
     assert len(traces) == 1
 
 
+DTYPES = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repeat_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "penalty_last_n": np.int32,
+    "typical_p": np.float32,
+    "logit_bias": np.float32,
+}
+
+
 def test_per_row_broadcasts_numbers_and_keeps_rows():
     rows = ql.Sampling(temperature=np.asarray([0.5, 1.0, 2.0], np.float32), top_k=7).per_row(3)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(rows)] == [
-        ((3,), np.dtype(np.int32 if name == "top_k" else np.float32))
-        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+        ((3, 1) if name == "logit_bias" else (3,), np.dtype(dtype))
+        for name, dtype in DTYPES.items()
     ]
     assert rows.temperature.tolist() == [0.5, 1.0, 2.0]
     assert rows.top_k.tolist() == [7, 7, 7]
+    for bias in (np.arange(5.0), np.ones((3, 5), np.float32)):
+        rows = ql.Sampling(logit_bias=bias).per_row(3)
+        np.testing.assert_array_equal(rows.logit_bias, np.broadcast_to(bias, (3, 5)))
+        again = rows.per_row(3)
+        jax.tree.map(np.testing.assert_array_equal, rows, again)
 
 
 # Refusals.
@@ -370,6 +488,21 @@ def test_per_row_broadcasts_numbers_and_keeps_rows():
         ("repeat_penalty", -1.0),
         ("repeat_penalty", float("inf")),
         ("repeat_penalty", float("nan")),
+        ("presence_penalty", float("nan")),
+        ("presence_penalty", float("inf")),
+        ("presence_penalty", 1e39),  # infinite in float32
+        ("frequency_penalty", float("nan")),
+        ("frequency_penalty", float("-inf")),
+        ("penalty_last_n", -2),
+        ("penalty_last_n", 2.5),
+        ("penalty_last_n", float("nan")),
+        ("penalty_last_n", float("inf")),
+        ("penalty_last_n", 2**31),
+        ("typical_p", 0.0),
+        ("typical_p", -0.5),
+        ("typical_p", 1.0001),
+        ("typical_p", float("nan")),
+        ("typical_p", float("inf")),
     ],
 )
 def test_a_parameter_out_of_its_range_is_refused_by_name(name: str, value: float):
@@ -380,12 +513,50 @@ def test_a_parameter_out_of_its_range_is_refused_by_name(name: str, value: float
         check_sampling(ql.Sampling(**{name: np.asarray([good, value])}))
 
 
+@pytest.mark.parametrize("name", sorted(set(DTYPES) - {"logit_bias"}))
+def test_a_parameter_that_is_no_number_is_refused_by_name(name: str):
+    for value in (True, "1", None, np.asarray([False])):
+        with pytest.raises(TypeError, match=rf"^{name}=.*: expected "):
+            check_sampling(ql.Sampling(**{name: value}))
+    with pytest.raises(ValueError, match=rf"^{name}: \(3,\) numbers for 2 rows"):
+        check_sampling(ql.Sampling(**{name: np.ones(3)}), 2)
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (1.0, ValueError, r"expected 0, or floats of shape \(3,\) or \(2, 3\), found 1.0"),
+        (float("nan"), ValueError, "found nan"),
+        (np.zeros(4), ValueError, r"found shape \(4,\)"),
+        (np.zeros((3, 3)), ValueError, r"found shape \(3, 3\)"),
+        (np.zeros((1, 2, 3)), ValueError, r"found shape \(1, 2, 3\)"),
+        (np.zeros(3, bool), TypeError, "found bool"),
+        ("1", TypeError, "found <U1"),
+        (np.asarray([0, np.nan, 0]), ValueError, "nan for token 1"),
+        (np.asarray([[0, 0, 0], [0, 0, np.inf]]), ValueError, "inf for token 2"),
+        (np.asarray([1e39, 0, 0]), ValueError, "inf for token 0"),
+        (np.full(3, -np.inf), ValueError, "none to choose"),
+        (np.asarray([[0, 0, 0], [-np.inf] * 3]), ValueError, "none to choose"),
+    ],
+    ids=str,
+)
+def test_a_bias_of_another_form_or_value_is_refused(bias: Any, error: type, message: str):
+    with pytest.raises(error, match=rf"^logit_bias: .*{message}"):
+        check_sampling(ql.Sampling(logit_bias=bias), 2, 3)
+
+
 def test_the_ends_of_every_range_are_allowed_and_traced_values_not_looked_at():
     for values in (
         {},
         {"temperature": 1e9, "top_k": 2**31 - 1, "top_p": 1e-9, "min_p": 1.0},
         {"repeat_penalty": 1e-9, "min_p": 0, "top_p": 1, "temperature": np.asarray([0.0, 2.0])},
         {"top_k": np.asarray([0, 40], np.int32), "repeat_penalty": jnp.asarray(2.0)},
+        {"presence_penalty": -2.0, "frequency_penalty": -2, "penalty_last_n": -1},
+        {"penalty_last_n": 2**31 - 1, "typical_p": 1e-9},
+        {"penalty_last_n": np.asarray([0, 64]), "typical_p": 1},
+        {"logit_bias": np.asarray([[-np.inf, 0.0], [1e30, -np.inf]])},
+        {"logit_bias": jnp.asarray([-100.0, 100.0])},
+        {"logit_bias": 0},
     ):
         check_sampling(ql.Sampling(**values))
 

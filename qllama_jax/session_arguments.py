@@ -1,0 +1,57 @@
+"""What a session is asked for -> what its dispatches take: numbers, keys, the penalty window."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qllama_jax.decoding import row_keys
+from qllama_jax.penalties import PENALTY_WINDOW
+from qllama_jax.sampling import Sampling
+
+LAST_SEED = 2**32 - 1
+
+
+def keys_of(seed: int | Sequence[int], batch_size: int) -> jax.Array:
+    """Return a key a row: of a seed a row, the key that its prompt alone would have with it.
+
+    Raises TypeError, ValueError: no integers in 0..2^32-1, or another number of them than rows.
+    """
+    if not isinstance(seed, Sequence | np.ndarray) or np.ndim(seed) == 0:
+        return row_keys(jax.random.key(whole("seed", seed, 0, LAST_SEED)), batch_size)
+    seeds = [whole(f"seed[{row}]", value, 0, LAST_SEED) for row, value in enumerate(seed)]
+    if len(seeds) != batch_size:
+        raise ValueError(f"seed: {len(seeds)} seeds for {batch_size} rows")
+    return jnp.concatenate([row_keys(jax.random.key(value), 1) for value in seeds])
+
+
+def with_window(sampling: Sampling, most_tokens: int) -> tuple[Sampling, int]:
+    """Return the sampling with a penalty_last_n that the returned window of recent tokens holds.
+
+    There are at most `most_tokens`, so to look back on more, or on all, is to look back on those.
+    The window is a power of two, so that few are compiled.
+    """
+    last_n = np.asarray(sampling.penalty_last_n)
+    last_n = np.where((last_n < 0) | (last_n > most_tokens), most_tokens, last_n).astype(np.int32)
+    window = power_of_two(int(last_n.max()), PENALTY_WINDOW)
+    return dataclasses.replace(sampling, penalty_last_n=last_n), window
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer in low..high; raises TypeError or ValueError for another value."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r}: expected an integer")
+    if not low <= (value := operator.index(value)) <= high:
+        raise ValueError(f"{name}={value}: expected {low}..{high}")
+    return value
+
+
+def power_of_two(size: int, smallest: int) -> int:
+    """Return the smallest power of two that is at least `size` and at least `smallest`."""
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
