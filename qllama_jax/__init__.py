@@ -28,6 +28,7 @@ from qllama_jax.params import Params
 from qllama_jax.penalties import recent_tokens
 from qllama_jax.quants import Block
 from qllama_jax.sampling import Sampling
+from qllama_jax.score import Perplexity, Score, perplexity, score, token_logprobs
 from qllama_jax.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -46,9 +47,11 @@ __all__ = [
     "ModelConfig",
     "NumericalError",
     "Params",
+    "Perplexity",
     "Piece",
     "Result",
     "Sampling",
+    "Score",
     "Tokenizer",
     "decode_many",
     "embed",
@@ -59,14 +62,17 @@ __all__ = [
     "init_cache",
     "load",
     "matmul",
+    "perplexity",
     "prefill",
     "read_gguf",
     "read_model_file",
     "recent_tokens",
     "resize_cache",
     "row_keys",
+    "score",
     "sites",
     "start_decoding",
     "stream",
+    "token_logprobs",
     "unembed",
 ]

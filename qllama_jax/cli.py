@@ -1,4 +1,4 @@
-"""The command line: `qllama generate | chat | info | bench`, the same as `python -m qllama_jax`.
+"""The command line: `qllama generate | chat | info | bench | perplexity`, the same as `python -m qllama_jax`.
 
 Text goes to stdout, all else to stderr. What goes wrong is one line, `qllama: error: ...`, and exit
 code 2. This module and those of `info` import nothing that needs jax before it is needed.
@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     add_whole(bench, "-n --max-new-tokens", 64, "tokens to generate", lo=1)
     bench.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
     _add_computing(bench)
+
+    perplexity = command(_perplexity, "measure how well a model predicts a text, as llama.cpp does")
+    perplexity.add_argument("file", metavar="FILE", help="the text, in UTF-8")
+    add_whole(perplexity, "-c --context", 512, "tokens of a chunk, its second half scored", lo=4)
+    _add_computing(perplexity)
     return parser
 
 
@@ -176,6 +181,21 @@ def _closing_line(last: Piece, seed: int) -> str:
         f" generated: {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s"
         f" (compiling included); finish: {last.finish_reason}; seed: {seed}"
     )
+
+
+def _perplexity(arguments: argparse.Namespace) -> None:
+    text = Path(arguments.file).read_text(encoding="utf-8")
+    model = _load(arguments)
+    from qllama_jax.score import perplexity
+
+    tokens = model.tokenizer.encode(text)
+    activations = "float" if arguments.activations == "auto" else arguments.activations
+    with exit_at_interrupt(INTERRUPTED):
+        results = perplexity(model, tokens, context=arguments.context, activations=activations)
+        for result in results:
+            chunks = f"{result.chunks}/{len(tokens) // arguments.context}"
+            print(f"chunk {chunks}: {result.value:.4f}", file=sys.stderr)
+    print(f"perplexity: {result.value:.4f} +/- {result.error:.4f} ({result.tokens} tokens scored)")
 
 
 def _load(arguments: argparse.Namespace, chat_template: str | None = None) -> Model:

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qllama_jax import hub
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.metadata import Metadata
@@ -64,7 +65,8 @@ def load(
     GGML, GGMF and GGJT files, from before GGUF, are loaded alike.
 
     Args:
-        path: the file, or any part of a split one.
+        path: the file, or any part of a split one; or its name on the Hugging Face hub, as
+            "hf://owner/repo/file.gguf" or "owner/repo:Q4_K_M".
         gqa: query heads a key-value head, for files from before GGUF alone: their tensors tell it,
             and a number given here must agree.
         chat_template: a Jinja template to use in place of the file's.
@@ -76,7 +78,8 @@ def load(
             of another shape than its metadata say, or a weight that is not finite.
         ValueError: `gqa` is given for a GGUF file.
     """
-    file = read_model_file(path, gqa=gqa)
+    local = hub.fetch(os.fspath(path)) if hub.is_hub_name(path) else path
+    file = read_model_file(local, gqa=gqa)
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)

@@ -214,7 +214,7 @@ def run_block(
         y = probe("ffn_norm", rms_norm(x, block.ffn_norm.weight, config.norm_eps))
         routing = None
         if isinstance(block, MoEBlock):
-            counted = np.arange(T, dtype=np.int32)[None] < count[:, None]
+            counted = jnp.arange(T, dtype=jnp.int32)[None] < count[:, None]
             y, routing = moe_swiglu(y, counted, block, config.num_experts_per_token, activations)
         else:
             y = swiglu(y, block, activations)

@@ -96,7 +96,7 @@ def moe_swiglu(
     pairs = B * T * active
     most_tiles = min(pairs, pairs // size + E)
     out = jnp.zeros((B * T, D), jnp.float32)
-    out, _ = lax.scan(add_tile, out, np.arange(most_tiles, dtype=np.int32))
+    out, _ = lax.scan(add_tile, out, jnp.arange(most_tiles, dtype=jnp.int32))
     return out.reshape(B, T, D).astype(x.dtype), routing
 
 
