@@ -5,7 +5,7 @@ Both read the events of one `Session`, so they give the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +62,11 @@ def generate(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     top_logprobs: int = 0,
-    logit_bias: Mapping[int, float] | Any = 0.0,
+    logit_bias: Any = 0.0,
     banned_tokens: Sequence[int] = (),
     activations: Activations = "auto",
     **sampling: Any,
@@ -137,11 +137,11 @@ def stream(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     top_logprobs: int = 0,
-    logit_bias: Mapping[int, float] | Any = 0.0,
+    logit_bias: Any = 0.0,
     banned_tokens: Sequence[int] = (),
     activations: Activations = "auto",
     **sampling: Any,

@@ -87,7 +87,7 @@ class Session:
         prompts: list[np.ndarray],
         *,
         max_new_tokens: int,
-        seed: int | Sequence[int],
+        seed: int | Sequence[int] | np.ndarray,
         stop_tokens: frozenset[int],
         sampling: Sampling,
         activations: Activations,

@@ -18,7 +18,7 @@ from qllama_jax.sampling import Sampling
 LAST_SEED = 2**32 - 1
 
 
-def keys_of(seed: int | Sequence[int], batch_size: int) -> jax.Array:
+def keys_of(seed: int | Sequence[int] | np.ndarray, batch_size: int) -> jax.Array:
     """Return a key a row: of a seed a row, the key that its prompt alone would have with it.
 
     Raises TypeError, ValueError: no integers in 0..2^32-1, or another number of them than rows.

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import gguf
 import jax
@@ -115,6 +115,17 @@ BAD_LINES = [
     (["generate", "{path}", "x", "--top-p", "0"], "top_p=0.0"),
     (["generate", "{path}", "x", "--min-p", "1.5"], "min_p=1.5"),
     (["generate", "{path}", "x", "--repeat-penalty", "0"], "repeat_penalty=0.0"),
+    (["generate", "{path}", "x", "--typical", "0"], "typical_p=0.0"),
+    (["generate", "{path}", "x", "--presence-penalty", "inf"], "presence_penalty=inf"),
+    (["generate", "{path}", "x", "--frequency-penalty", "nan"], "frequency_penalty=nan"),
+    (["generate", "{path}", "x", "--repeat-last-n", "-2"], "found '-2', wanted an integer in -1.."),
+    (["generate", "{path}", "x", "--logit-bias", "5"], "found '5', wanted a token's id"),
+    (["generate", "{path}", "x", "--logit-bias", "5+inf"], "found '5+inf'"),
+    (["generate", "{path}", "x", "--logit-bias", "5-nan"], "found '5-nan'"),
+    (["generate", "{path}", "x", "--logit-bias", "a+1"], "found 'a+1'"),
+    (["generate", "{path}", "x", "--logit-bias", "384+1"], "token id 384"),
+    (["generate", "{path}", "x", "--logit-bias", "5+1e99"], "inf for token 5"),
+    (["generate", "{path}", "x", "--stop", ""], "stop: a text is empty"),
     (["generate", "{path}", "x", "--activations", "int4"], "'int4'"),
     (["generate", "{path}", "x\udcff"], "surrogate"),
     (["generate", "/no/such\nfile", "x"], "/no/such\\nfile: no such file"),
@@ -169,7 +180,13 @@ DEFAULTS = {
     "top_k": 40,
     "top_p": 0.95,
     "min_p": 0.05,
+    "typical_p": 1.0,
     "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "penalty_last_n": 64,
+    "logit_bias": {},
+    "stop": (),
     "activations": "auto",
     "ignore_eos": False,
 }
@@ -181,7 +198,21 @@ ALL_FLAGS = {
     "top_p": 0.9,
     "min_p": 0.01,
     "repeat_penalty": 1.3,
+    "presence_penalty": -0.5,
+    "frequency_penalty": 0.25,
     "activations": "int8x2",
+}
+OTHER_FLAGS = [
+    "--ignore-eos",
+    *("--typical", "0.75", "--repeat-last-n", "-1", "--stop", "end", "--stop=\n"),
+    *("--logit-bias", "15+1.5", "-l", "7-inf", "--logit-bias=15-.25", "-l", "2+1e-1"),
+]
+OTHER_OPTIONS = {
+    "ignore_eos": True,
+    "typical_p": 0.75,
+    "penalty_last_n": -1,
+    "stop": ("end", "\n"),
+    "logit_bias": {15: 1.25, 7: float("-inf"), 2: 0.1},
 }
 
 
@@ -191,8 +222,8 @@ ALL_FLAGS = {
         ([], DEFAULTS),
         (
             [f"--{name.replace('_', '-')}={value}" for name, value in ALL_FLAGS.items()]
-            + ["--ignore-eos"],
-            ALL_FLAGS | {"ignore_eos": True},
+            + OTHER_FLAGS,
+            ALL_FLAGS | OTHER_OPTIONS,
         ),
     ],
     ids=["none", "all"],
@@ -226,6 +257,26 @@ def test_generate_prints_the_text_of_the_library(path, capsys, temperature):
         assert f"generated: {len(result.tokens)} tokens, " in err
         assert err.endswith(f"finish: {result.finish_reason}; seed: 7\n")
         assert err.count("\n") == 1
+
+
+def test_a_stop_text_and_a_ban_change_what_is_printed(path, chat_path, chat, capsys):
+    model = ql.load(path)
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0}
+    free = ql.generate(model, "hello world", **options)
+    line = ["generate", path, "hello world", "-n", "12", "--temperature", "0", NO_CACHE]
+    banned = free.tokens[0]
+    assert main([*line, "-l", f"{banned}-inf"]) == 0
+    out, _ = capsys.readouterr()
+    expected = ql.generate(model, "hello world", banned_tokens=[banned], **options)
+    assert out == expected.text + "\n"
+    assert expected.tokens[0] != banned
+    stop = free.text[2:4]
+    assert main([*line, "--stop", stop]) == 0
+    assert capsys.readouterr().out == free.text[: free.text.find(stop)] + "\n"
+    answer = answers(chat_path(), ["hello"])[:-1]
+    _, out, err = chat(chat_path(), "hello\n", "--stop", answer[1])
+    assert out == answer[: answer.find(answer[1])] + "\n"
+    assert "finish: stop" in err
 
 
 def test_the_seed_of_the_closing_line_repeats_a_run(path, capsys):

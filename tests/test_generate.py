@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,20 @@ from qllama_jax.params import Linear
 from reference import Reference
 
 PROMPTS = [[5, 17, 300, 42, 9], [7], [11, 12, 13, 250, 251, 252, 253, 254, 100, 101, 102, 3, 8]]
-SAMPLED = {
+SAMPLED: dict[str, Any] = {
     "temperature": 1.3,
     "top_k": 50,
     "top_p": 0.95,
     "min_p": 0.01,
     "repeat_penalty": 1.2,
+}
+#: A prompt of 150 tokens, of which the last 64 do not hold the first few, and penalties for these.
+LONG = [300, 301, 302, 303] * 10 + [20 + i % 30 for i in range(110)]
+FAR: dict[str, Any] = {
+    "temperature": 1.0,
+    "frequency_penalty": 0.4,
+    "presence_penalty": -0.3,
+    "typical_p": 0.9,
 }
 
 
@@ -40,7 +49,8 @@ def generate_tokens():
     return jax.jit(ql.generate_tokens, static_argnames=static)
 
 
-def padded(prompts, width=16, filler=0):
+def padded(prompts, filler=0):
+    width = max(16, max(map(len, prompts)))
     tokens = np.full((len(prompts), width), filler, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -96,6 +106,76 @@ def test_logprobs_are_the_references_of_the_unmodified_logits(model, path):
     np.testing.assert_allclose(result.logprobs, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("last_n", [0, 3, 64, 100, 150, -1])
+def test_a_penalty_window_of_any_width_streams_resumes_and_is_the_pure_functions(
+    model, generate_tokens, last_n
+):
+    fields = FAR | {"penalty_last_n": last_n}
+    whole = ql.generate(model, LONG, max_new_tokens=20, ignore_eos=True, **fields)
+    pieces = list(ql.stream(model, LONG, max_new_tokens=20, ignore_eos=True, **fields))
+    assert [piece.token for piece in pieces] == whole.tokens
+    pure = run(generate_tokens, model, [LONG], 20, penalty_window=256, **fields)
+    assert pure.tokens[0].tolist() == whole.tokens
+    assert pure.history.shape == (1, 255)
+    options: dict[str, Any] = fields | {
+        "penalty_window": 256,
+        "key": decoding.row_keys(jax.random.key(0), 1),
+    }
+    cache = ql.init_cache(model.config, 1, 256)
+    first = run(generate_tokens, model, [LONG], 7, cache=cache, **options)
+    last = first.tokens[0, -1:].tolist()
+    options |= {"cache": first.cache, "history": first.history}
+    second = run(generate_tokens, model, [last], 13, **options)
+    assert first.tokens[0].tolist() + second.tokens[0].tolist() == whole.tokens
+
+
+def test_tokens_beyond_the_64_last_count_where_they_are_asked_for(model):
+    def tokens(last_n):
+        options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+        options |= {"frequency_penalty": 100.0, "penalty_last_n": last_n}
+        return ql.generate(
+            model, LONG, logit_bias={t: 50.0 for t in range(300, 304)}, **options
+        ).tokens
+
+    first = {300, 301, 302, 303}
+    assert first <= set(tokens(64))
+    assert not first & set(tokens(150))
+    assert tokens(-1) == tokens(2**31 - 1) == tokens(180)
+    # Nothing comes twice within the tokens looked back on.
+    every = LONG + tokens(-1)
+    assert len(set(every)) == len(set(LONG)) + 30
+
+
+def test_a_row_looks_back_as_far_as_it_does_alone(model):
+    last_n = [100, 0, -1]
+    prompts = [LONG, PROMPTS[0], LONG[:80]]
+    options: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True, "repeat_penalty": 3.0}
+    batch = ql.generate(model, prompts, penalty_last_n=np.asarray(last_n), **options)
+    for prompt, n, result in zip(prompts, last_n, batch, strict=True):
+        assert result.tokens == ql.generate(model, prompt, penalty_last_n=n, **options).tokens
+
+
+def test_a_window_too_narrow_is_refused_or_ends_the_row_in_error(model, generate_tokens):
+    with pytest.raises(ValueError, match=r"penalty_last_n=100: .*penalty_window\) has 64"):
+        ql.generate_tokens(
+            model.params,
+            *padded([LONG]),
+            jax.random.key(0),
+            config=model.config,
+            sampling=ql.Sampling(penalty_last_n=100),
+            max_new_tokens=2,
+            stop_tokens=jnp.zeros((0,), jnp.int32),
+        )
+    last_n = np.asarray([64, 65, -1, -1], np.int32)
+    prompts = [LONG, LONG, LONG, LONG[:60]]
+    out = run(generate_tokens, model, prompts, 6, penalty_last_n=last_n, repeat_penalty=1.1)
+    length, error = ql.Finish.LENGTH, ql.Finish.ERROR
+    assert out.finish.tolist() == [length, error, error, error]
+    assert out.lengths.tolist() == [6, 0, 0, 4]  # the fifth sees a window of 64 that is full
+    with pytest.raises(ValueError, match="penalty_window=0"):
+        run(generate_tokens, model, prompts, 6, penalty_window=0)
+
+
 @pytest.mark.parametrize("fields", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_streamed_equals_one_shot_equals_the_pure_function(model, generate_tokens, fields):
     for prompt in PROMPTS:
@@ -142,6 +222,117 @@ def test_resumed_equals_one_shot(model, generate_tokens, fields):
     assert first.tokens[0].tolist() + second.tokens[0].tolist() == whole.tokens[0].tolist()
 
 
+def test_a_row_with_a_seed_of_its_own_is_that_row_alone_with_the_seed(model):
+    seeds = [2**32 - 1, 5, 0]
+    options: dict[str, Any] = {"max_new_tokens": 9, "ignore_eos": True, **SAMPLED}
+    batch = ql.generate(model, PROMPTS, seed=seeds, **options)
+    for prompt, seed, result in zip(PROMPTS, seeds, batch, strict=True):
+        assert result.tokens == ql.generate(model, prompt, seed=seed, **options).tokens
+    again = ql.generate(model, PROMPTS, seed=np.asarray(seeds, np.uint32), **options)
+    assert [row.tokens for row in again] == [row.tokens for row in batch]
+    alike = ql.generate(model, [PROMPTS[0]] * 2, seed=[5, 5], **options)
+    assert alike[0].tokens == alike[1].tokens
+    one, other = ql.generate(model, [PROMPTS[0]] * 2, seed=5, **options)
+    assert one.tokens == alike[0].tokens != other.tokens
+
+
+def test_banned_tokens_never_come_out_and_biased_ones_do(model):
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 30.0}
+    banned = list(range(0, 384, 2))
+    results = ql.generate(model, PROMPTS, banned_tokens=banned, **options)
+    came = {token for result in results for token in result.tokens}
+    assert all(token % 2 for token in came)
+    assert len(came) > 60
+    by_bias = ql.generate(model, PROMPTS, logit_bias={t: -np.inf for t in banned}, **options)
+    assert [row.tokens for row in by_bias] == [row.tokens for row in results]
+    array = np.where(np.arange(384) % 2, np.float32(0), -np.inf)
+    by_array = ql.generate(model, PROMPTS, logit_bias=array, **options)
+    assert [row.tokens for row in by_array] == [row.tokens for row in results]
+    one_a_row = np.zeros((3, 384), np.float32)
+    one_a_row[np.arange(3), [7, 8, 9]] = 1e6
+    results = ql.generate(model, PROMPTS, logit_bias=one_a_row, banned_tokens=[8], **options)
+    assert [set(row.tokens) for row in results][::2] == [{7}, {9}]
+    assert 8 not in results[1].tokens
+    # Log-probabilities are those of the unmodified logits, also of a token that was forced.
+    forced = ql.generate(model, PROMPTS[0], max_new_tokens=1, logit_bias={7: 1e6}, top_logprobs=384)
+    assert forced.tokens == [7]
+    assert dict(forced.top_logprobs[0])[7] == pytest.approx(float(forced.logprobs[0]), abs=1e-6)
+    assert forced.logprobs[0] < -1
+
+
+def test_no_token_left_by_a_traced_bias_ends_the_row_in_error(model, generate_tokens):
+    bias = np.zeros((3, 384), np.float32)
+    bias[1] = -np.inf
+    out = run(generate_tokens, model, PROMPTS, 4, logit_bias=bias)
+    assert out.finish.tolist() == [ql.Finish.LENGTH, ql.Finish.ERROR, ql.Finish.LENGTH]
+    assert out.lengths.tolist() == [4, 0, 4]
+
+
+def test_top_logprobs_are_the_largest_of_the_float64_references(model, path):
+    result = ql.generate(
+        model, PROMPTS[2], max_new_tokens=8, ignore_eos=True, top_logprobs=5, **SAMPLED
+    )
+    logits = Reference(path).logits(PROMPTS[2] + result.tokens)[len(PROMPTS[2]) - 1 : -1]
+    largest = logits.max(-1, keepdims=True)
+    logprobs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    order = np.argsort(-logprobs, axis=-1, kind="stable")[:, :5]
+    assert [[token for token, _ in top] for top in result.top_logprobs] == order.tolist()
+    found = [[logprob for _, logprob in top] for top in result.top_logprobs]
+    np.testing.assert_allclose(found, np.take_along_axis(logprobs, order, -1), atol=2e-5)
+
+
+def test_logprobs_are_log_softmax_of_forwards_logits(model):
+    result = ql.generate(model, PROMPTS[0], max_new_tokens=6, ignore_eos=True, top_logprobs=384)
+    tokens = jnp.asarray([PROMPTS[0] + result.tokens])
+    cache = ql.init_cache(model.config, 1, 16)
+    logits, _ = ql.forward(model.params, tokens, cache, config=model.config)
+    logits = np.asarray(logits[0, len(PROMPTS[0]) - 1 : -1], np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for step, top in enumerate(result.top_logprobs):
+        assert sorted(token for token, _ in top) == list(range(384))
+        ids, logprobs = zip(*top, strict=True)
+        np.testing.assert_allclose(logprobs, expected[step][list(ids)], atol=1e-5)
+        assert list(logprobs) == sorted(logprobs, reverse=True)
+        # Greedy: the likeliest is the one that was chosen.
+        assert top[0] == (result.tokens[step], float(result.logprobs[step]))
+
+
+def test_top_logprobs_are_the_same_streamed_at_once_in_a_batch_and_pure(model, generate_tokens):
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "ignore_eos": True,
+        "top_logprobs": 3,
+        **SAMPLED,
+    }
+    whole = ql.generate(model, PROMPTS[0], **options)
+    pieces = list(ql.stream(model, PROMPTS[0], **options))
+    assert [piece.top_logprobs for piece in pieces] == whole.top_logprobs
+    batch = ql.generate(model, PROMPTS, seed=[0, 1, 2], **options)
+    ids = [[token for token, _ in top] for top in whole.top_logprobs]
+    assert [[token for token, _ in top] for top in batch[0].top_logprobs] == ids
+    pure = run(generate_tokens, model, PROMPTS[:1], 8, top_logprobs=3, **SAMPLED)
+    assert pure.top_tokens[0].tolist() == ids
+    assert pure.top_logprobs.shape == (1, 8, 3)
+    assert pure.top_logprobs.dtype == np.float32
+    found = [[logprob for _, logprob in top] for top in whole.top_logprobs]
+    np.testing.assert_allclose(pure.top_logprobs[0], found, atol=1e-5)
+    none = ql.generate(model, PROMPTS[0], max_new_tokens=8, ignore_eos=True, **SAMPLED)
+    assert (none.tokens, none.top_logprobs) == (whole.tokens, [[]] * 8)
+    assert run(generate_tokens, model, PROMPTS[:1], 8, **SAMPLED).top_tokens.shape == (1, 8, 0)
+
+
+def test_rows_that_have_stopped_have_no_top_logprobs(model, generate_tokens):
+    free = run(generate_tokens, model, PROMPTS, 8)
+    stop = [int(free.tokens[0, 2])]
+    out = run(generate_tokens, model, PROMPTS, 8, stop=stop, top_logprobs=2)
+    for row in range(3):
+        end = int(out.lengths[row])
+        assert (out.top_logprobs[row, :end] < 0).all()
+        assert not out.top_logprobs[row, end:].any()
+        assert not out.top_tokens[row, end:].any()
+    assert min(out.lengths.tolist()) <= 3
+
+
 def test_rows_stop_at_their_stop_token_and_the_loop_with_the_last_of_them(model, generate_tokens):
     free = run(generate_tokens, model, PROMPTS, 12)
     stop = [int(free.tokens[0, 3]), int(free.tokens[1, 5])]
@@ -175,9 +366,12 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
     assert int(ran) == 1
 
 
+TRACED = session._prefill, session._start, session._decode
+
+
 def trace_counts() -> tuple[int, ...]:
     # jax's own counter, which its type stubs leave out
-    return tuple(getattr(f, "_cache_size")() for f in (session._prefill, session._decode))  # noqa: B009
+    return tuple(getattr(f, "_cache_size")() for f in TRACED)  # noqa: B009
 
 
 def test_sampling_parameters_and_steps_compile_nothing_again(model):
@@ -185,6 +379,21 @@ def test_sampling_parameters_and_steps_compile_nothing_again(model):
         ql.generate(model, PROMPTS[0], max_new_tokens=9, temperature=temperature, top_k=top_k)
     sizes = trace_counts()
     ql.generate(model, PROMPTS[0], max_new_tokens=17, seed=5, temperature=2, top_p=0.5, min_p=0.2)
+    ql.generate(model, PROMPTS[0], max_new_tokens=17, seed=[5], **FAR, penalty_last_n=9)
+    assert trace_counts() == sizes
+
+
+def test_biases_and_bans_compile_nothing_again_once_there_is_one(model):
+    ql.generate(model, PROMPTS[0], max_new_tokens=9, banned_tokens=[3])
+    sizes = trace_counts()
+    cases: tuple[dict[str, Any], ...] = (
+        {"banned_tokens": [5, 6, 7]},
+        {"logit_bias": {1: 2.5, 300: -1e9}},
+        {"logit_bias": np.linspace(-1, 1, 384), "banned_tokens": (9,), "temperature": 1.0},
+        {"logit_bias": np.zeros((1, 384))},
+    )
+    for options in cases:
+        ql.generate(model, PROMPTS[0], max_new_tokens=9, **options)
     assert trace_counts() == sizes
 
 
@@ -364,6 +573,30 @@ def test_stats_count_tokens(model):
         ([1], {"max_new_tokens": True}, TypeError, "True"),
         ([1], {"seed": -1}, ValueError, "seed=-1"),
         ([1], {"seed": 2**32}, ValueError, "seed=4294967296"),
+        ([1], {"seed": [1, 2]}, ValueError, "seed: 2 seeds for 1 rows"),
+        ([[1], [2]], {"seed": [1]}, ValueError, "seed: 1 seeds for 2 rows"),
+        ([[1], [2]], {"seed": [1, 2**32]}, ValueError, r"seed\[1\]=4294967296"),
+        ([[1], [2]], {"seed": [1, True]}, TypeError, r"seed\[1\]=True"),
+        ([1], {"seed": "1"}, TypeError, "seed"),
+        ([1], {"seed": 1.0}, TypeError, "seed"),
+        ([1], {"top_logprobs": -1}, ValueError, "top_logprobs=-1: expected 0..384"),
+        ([1], {"top_logprobs": 385}, ValueError, "top_logprobs=385"),
+        ([1], {"top_logprobs": True}, TypeError, "top_logprobs=True"),
+        ([1], {"banned_tokens": [384]}, ValueError, "banned_tokens: token id 384 is outside"),
+        ([1], {"banned_tokens": [-1]}, ValueError, "banned_tokens: token id -1"),
+        ([1], {"banned_tokens": [1.0]}, TypeError, "banned_tokens"),
+        ([1], {"banned_tokens": "ab"}, TypeError, "banned_tokens"),
+        ([1], {"banned_tokens": range(384)}, ValueError, "none to choose"),
+        ([1], {"logit_bias": {384: 1.0}}, ValueError, "logit_bias: token id 384"),
+        ([1], {"logit_bias": {True: 1.0}}, TypeError, "found True"),
+        ([1], {"logit_bias": {3: float("nan")}}, ValueError, "nan for token 3"),
+        ([1], {"logit_bias": {3: 1e39}}, ValueError, "inf for token 3"),
+        ([1], {"logit_bias": {3: "1"}}, TypeError, r"logit_bias\[3\]='1'"),
+        ([1], {"logit_bias": {3: True}}, TypeError, r"logit_bias\[3\]=True"),
+        ([1], {"logit_bias": 2.0}, ValueError, "found 2.0"),
+        ([1], {"logit_bias": np.zeros(3), "banned_tokens": [1]}, ValueError, r"shape \(3,\)"),
+        ([1], {"penalty_last_n": -2}, ValueError, "penalty_last_n=-2"),
+        ([1], {"typical_p": 0}, ValueError, "typical_p=0"),
         ([1], {"repeat_penalty": 1e-46}, ValueError, "repeat_penalty"),
         ([1], {"temperature": 1e300}, ValueError, "temperature"),
         ([1], {"temperature": "warm"}, TypeError, "temperature='warm'"),
