@@ -1,4 +1,4 @@
-"""The command line: `qllama generate | chat | info | bench | perplexity`, the same as `python -m qllama_jax`.
+"""The command line: `qllama generate | chat | info | bench | perplexity`.
 
 Text goes to stdout, all else to stderr. What goes wrong is one line, `qllama: error: ...`, and exit
 code 2. This module and those of `info` import nothing that needs jax before it is needed.

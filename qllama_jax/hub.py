@@ -37,6 +37,8 @@ def fetch(name: str) -> Path:
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # Under HfHubHTTPError lies the error of the HTTP client, which has been another one before.
+    http_error = HfHubHTTPError.__mro__[1]
     single, tagged = _FILE.fullmatch(name), _TAGGED.fullmatch(name)
     if single is None and tagged is None:
         raise GGUFError(f"{name}: wanted hf://owner/repo/file.gguf or owner/repo:QUANTIZATION")
@@ -50,7 +52,7 @@ def fetch(name: str) -> Path:
             repository = tagged["repository"]
             files = _with_tag(name, tagged["tag"], list_repo_files(repository))
         paths = [Path(hf_hub_download(repository, file)) for file in files]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (http_error, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GGUFError(f"{name}: the hub does not give it: {reason[0]}") from error
     return paths[0]

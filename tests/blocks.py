@@ -128,7 +128,7 @@ def set_scale(blocks: NDArray[np.uint8], qtype: TensorType, d: NDArray[np.float1
     """Replace the one half-float scale of each block [..., bytes], in place."""
     bits = d.astype("<f2").view("<u2")
     if qtype != QType.IQ1_M:
-        (low,) = _FLOAT16_SCALES[qtype]
+        (low,) = _FLOAT16_SCALES[QType(qtype)]
         blocks[..., low], blocks[..., low + 1] = bits & 0xFF, bits >> 8
         return
     for word in range(4):  # four bits in the top of each of the last four words

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as QType
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, dequantize, random_blocks
 from gguf_bytes import read_with_gguf_py
+from qllama_jax.params import DenseBlock
 from qllama_jax.quants import Block
 
 FORMATS = (
@@ -148,7 +149,11 @@ def test_four_layers_of_a_mixed_file_hold_all_28_formats(tiny_llama: TinyLlama):
 def test_float32_matrices_are_plain_arrays(tiny_llama: TinyLlama):
     params = ql.load(tiny_llama("F32")).params
     assert params.output is not None
-    plain = [params.token_embd.weight, params.output.weight, params.blk[1].ffn_up.weight]
+    plain = [
+        params.token_embd.weight,
+        params.output.weight,
+        leaves_by_name(params)["blk.1.ffn_up.weight"],
+    ]
     assert [type(leaf) for leaf in plain] == [type(jax.numpy.zeros(1))] * 3
     assert [leaf.shape for leaf in plain] == [(384, 256), (384, 256), (512, 256)]
 
@@ -166,6 +171,7 @@ def test_vectors_in_other_formats_are_dequantized(tiny_llama: TinyLlama, qtype: 
 
 def test_an_absent_bias_is_none_and_a_present_one_is_used(tiny_llama: TinyLlama):
     without = ql.load(tiny_llama("Q8_0")).params.blk[0]
+    assert isinstance(without, DenseBlock)
     assert [without.attn_q.bias, without.ffn_down.bias] == [None, None]
     model = ql.load(tiny_llama("Q8_0", biases=True))
     hidden = hidden_of(model, model.params)

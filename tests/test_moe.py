@@ -290,6 +290,7 @@ def test_no_expert_stack_is_copied_in_a_decoding_step(model: ql.Model):
     step = jax.jit(ql.forward, static_argnames=("config", "activations"))
     compiled = step.lower(params, jnp.zeros((1, 1), jnp.int32), cache, **options).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     stack = many.ffn_up_exps.weight.nbytes
     assert stack > 1_500_000
     assert memory.temp_size_in_bytes < stack / 4
