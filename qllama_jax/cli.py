@@ -191,10 +191,12 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     tokens = model.tokenizer.encode(text)
     activations = "float" if arguments.activations == "auto" else arguments.activations
     with exit_at_interrupt(INTERRUPTED):
+        result = None
         results = perplexity(model, tokens, context=arguments.context, activations=activations)
         for result in results:
             chunks = f"{result.chunks}/{len(tokens) // arguments.context}"
             print(f"chunk {chunks}: {result.value:.4f}", file=sys.stderr)
+    assert result is not None  # fewer tokens than a chunk were an error
     print(f"perplexity: {result.value:.4f} +/- {result.error:.4f} ({result.tokens} tokens scored)")
 
 

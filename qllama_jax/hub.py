@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from qllama_jax.errors import GGUFError
 
@@ -38,7 +39,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Under HfHubHTTPError lies the error of the HTTP client, which has been another one before.
-    http_error = HfHubHTTPError.__mro__[1]
+    http_error: Any = HfHubHTTPError.__mro__[1]
     single, tagged = _FILE.fullmatch(name), _TAGGED.fullmatch(name)
     if single is None and tagged is None:
         raise GGUFError(f"{name}: wanted hf://owner/repo/file.gguf or owner/repo:QUANTIZATION")
