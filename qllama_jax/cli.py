@@ -73,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     def command(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         name = run.__name__.removeprefix("_")
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.add_argument("model", metavar="MODEL", help="a GGUF file, or any part of a split one")
+        added.add_argument(
+            "model",
+            metavar="MODEL",
+            help="a GGUF file, any part of a split one, or an older GGML file",
+        )
         added.set_defaults(run=run)
         return added
 

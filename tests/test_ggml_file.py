@@ -369,6 +369,32 @@ def test_a_damaged_file_is_refused_by_the_check_for_it(tmp_path: Path, source: P
     assert re.search(wanted, refused(path))
 
 
+@each_kind
+def test_a_flipped_byte_in_a_header_is_refused_or_leaves_a_whole_file(
+    tmp_path: Path, source: Path, kind: str
+):
+    file = legacy_file(source, kind, "Q8_0")
+    whole, at, places = file.encode(), 0, []
+    for what, raw in file.pieces():
+        if not what.startswith("data of"):
+            places += range(at, at + len(raw))
+        at += len(raw)
+    rng = np.random.default_rng(5)
+    path = tmp_path / "m.bin"
+    opened = 0
+    for place in rng.choice(places, 150, replace=False):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            tensors = read_model_file(path).tensors
+        except GGUFError:
+            continue
+        opened += 1
+        assert sum(tensor.nbytes for tensor in tensors.values()) < len(whole)
+    assert 0 < opened < 150
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("GGJT v2", "Q4_2"), ("GGJT v3", "Q4_2"), ("GGMF v1", "Q6_K")]
 )
