@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for sharding
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_of_one_module() -> Iterator[None]:
+    """Let go of what a module compiled: each program maps memory, and a process may map 65,530.
+
+    Without it the whole suite ends in a segmentation fault within XLA's compiler.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
