@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "model",
             metavar="MODEL",
-            help="a GGUF file, any part of a split one, or an older GGML file",
+            help="a GGUF file, any part of a split one, an older GGML file, or owner/repo:Q4_K_M",
         )
         added.set_defaults(run=run)
         return added
@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("file", metavar="FILE", help="the text, in UTF-8")
     add_whole(perplexity, "-c --context", 512, "tokens of a chunk, its second half scored", lo=4)
     _add_computing(perplexity)
+    perplexity.set_defaults(activations="float")
     return parser
 
 
@@ -113,7 +114,8 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
         "--activations",
         choices=ACTIVATIONS,
         default="auto",
-        help="how activations meet packed weights; auto: what is fastest here",
+        help="how activations meet packed weights; auto: what is fastest here"
+        " (default: auto; perplexity: float)",
     )
     parser.add_argument(
         "--no-compilation-cache",
@@ -193,10 +195,11 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from qllama_jax.score import perplexity
 
     tokens = model.tokenizer.encode(text)
-    activations = "float" if arguments.activations == "auto" else arguments.activations
+    results = perplexity(
+        model, tokens, context=arguments.context, activations=arguments.activations
+    )
     with exit_at_interrupt(INTERRUPTED):
         result = None
-        results = perplexity(model, tokens, context=arguments.context, activations=activations)
         for result in results:
             chunks = f"{result.chunks}/{len(tokens) // arguments.context}"
             print(f"chunk {chunks}: {result.value:.4f}", file=sys.stderr)

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from qllama_jax import hub
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.metadata import Metadata
@@ -78,8 +77,7 @@ def load(
             of another shape than its metadata say, or a weight that is not finite.
         ValueError: `gqa` is given for a GGUF file.
     """
-    local = hub.fetch(os.fspath(path)) if hub.is_hub_name(path) else path
-    file = read_model_file(local, gqa=gqa)
+    file = read_model_file(path, gqa=gqa)
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)

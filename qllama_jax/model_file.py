@@ -1,9 +1,10 @@
-"""Path -> opened model file of whichever kind: the one place that looks at the magic."""
+"""Path or hub name -> opened model file of whichever kind: the one place that reads the magic."""
 
 from __future__ import annotations
 
 import os
 
+from qllama_jax import hub
 from qllama_jax.ggml_file import CONTAINERS, NO_MODELS, read_ggml
 from qllama_jax.gguf_file import read_gguf
 from qllama_jax.tensor_file import GGUFFile, open_regular
@@ -12,10 +13,14 @@ from qllama_jax.tensor_file import GGUFFile, open_regular
 def read_model_file(path: str | os.PathLike[str], *, gqa: int | None = None) -> GGUFFile:
     """Open a GGUF file, or a GGML, GGMF or GGJT file from before GGUF; reads headers alone.
 
+    A name on the Hugging Face hub (see `hub`) is fetched first.
+
     `gqa` is the number of query heads that share a key-value head, which the older files do not
     say: it is inferred from their tensors, and one that is given must agree. Raises `GGUFError`
     for a bad file, ValueError where `gqa` is given for a GGUF file.
     """
+    if hub.is_hub_name(path):
+        path = hub.fetch(os.fspath(path))
     name = os.path.abspath(os.fsdecode(path))
     with open_regular(name) as (file, _):
         magic = file.read(4)

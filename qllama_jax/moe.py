@@ -78,7 +78,7 @@ def moe_swiglu(
     tokens = x.reshape(B * T, D)
     weights = routing.weights.reshape(-1)
     size = _tile_size(B * T * active, E) if tile_size is None else tile_size
-    groups = _group(routing.experts, counted, E)
+    groups = _group(routing.experts, counted, E, size)
 
     def add_tile(out: Array, i: Array) -> tuple[Array, None]:
         tile = _tile(groups, i, size)
@@ -112,13 +112,19 @@ class _Groups(NamedTuple):
     order: Array  # int32[P]: pairs, those of expert 0 first, those of padding last
     counts: Array  # int32[E]: pairs of each expert
     ends: Array  # int32[E]: where each expert's pairs end in `order`
+    tiles: Array  # int32[E]: tiles of each expert
+    tile_ends: Array  # int32[E]: where each expert's tiles end
 
 
-def _group(experts: Int32[Array, "B T A"], counted: Bool[Array, "B T"], E: int) -> _Groups:
+def _group(
+    experts: Int32[Array, "B T A"], counted: Bool[Array, "B T"], E: int, size: int
+) -> _Groups:
     chosen = jnp.where(counted[..., None], experts, np.int32(E)).reshape(-1)
     counts = jnp.zeros((E,), jnp.int32).at[chosen].add(np.int32(1), mode="drop")
     order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
-    return _Groups(order, counts, jnp.cumsum(counts, dtype=jnp.int32))
+    tiles = -(-counts // np.int32(size))
+    ends, tile_ends = (jnp.cumsum(n, dtype=jnp.int32) for n in (counts, tiles))
+    return _Groups(order, counts, ends, tiles, tile_ends)
 
 
 class _Tile(NamedTuple):
@@ -130,11 +136,9 @@ class _Tile(NamedTuple):
 def _tile(groups: _Groups, i: Int32[Array, ""], size: int) -> _Tile:
     """Return the i-th tile, all tiles of expert 0 first; past the last one it is empty."""
     E = groups.counts.size
-    tiles = -(-groups.counts // np.int32(size))
-    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.sum((tile_ends <= i).astype(jnp.int32)), E - 1)
+    expert = jnp.minimum(jnp.sum((groups.tile_ends <= i).astype(jnp.int32)), E - 1)
     first = groups.ends[expert] - groups.counts[expert]
-    within = (i - (tile_ends[expert] - tiles[expert])) * size
+    within = (i - (groups.tile_ends[expert] - groups.tiles[expert])) * size
     slots = first + within + np.arange(size, dtype=np.int32)
     filled = slots < groups.ends[expert]
     pairs = groups.order[jnp.minimum(slots, groups.order.size - 1)]

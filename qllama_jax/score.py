@@ -22,6 +22,7 @@ from qllama_jax.load import Model
 from qllama_jax.matmul import Activations
 from qllama_jax.model import hidden_states, unembed
 from qllama_jax.params import Params
+from qllama_jax.session_arguments import power_of_two
 
 # Logits that exist at a time: 64 MiB of float32.
 LOGITS = 2**24
@@ -61,8 +62,13 @@ def token_logprobs(
 
     Logits are computed for so many positions at a time that they take 64 MiB, not `[B, T, V]`. A
     row with an id outside the vocabulary scores NaN.
+
+    Raises:
+        ValueError: there is no position `first` with a next token.
     """
     B, T = tokens.shape
+    if not 0 <= first <= T - 2:
+        raise ValueError(f"first={first}: expected 0..{T - 2} for rows of {T} tokens")
     lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
     cache = init_cache(config, B, T)
     hidden, _, _ = hidden_states(
@@ -122,7 +128,7 @@ def score(model: Model, texts: Any, *, activations: Activations = "float") -> An
 
 def _score(model: Model, index: int, row: np.ndarray, activations: Activations) -> Score:
     # Padded to powers of two, so that texts of many lengths compile a few times.
-    padded = np.zeros((1, max(SMALLEST, 1 << (row.size - 1).bit_length())), np.int32)
+    padded = np.zeros((1, power_of_two(row.size, SMALLEST)), np.int32)
     padded[0, : row.size] = row
     logprobs = token_logprobs(
         model.params,

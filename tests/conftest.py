@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_of_one_module() -> Iterator[None]:
-    """Let go of what a module compiled: each program maps memory, and a process may map 65,530.
+    """Let go of what a module compiled.
 
-    Without it the whole suite ends in a segmentation fault within XLA's compiler.
+    Without it the whole suite ended in a segmentation fault within XLA's compiler, probably because
+    each program maps memory and a process may have 65,530 maps: with it there are 33,000 at most.
     """
     yield
     jax.clear_caches()

@@ -599,3 +599,26 @@ def test_an_empty_template_is_no_template(chat, tiny_llama):
     assert (code, out) == (2, "")
     assert "no chat template" in err
     assert "--chat-template" in err
+
+
+def test_perplexity_prints_that_of_the_library_and_each_chunk(tiny_llama, tmp_path, capsys):
+    path = tiny_llama("Q8_0", layers=1)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 9)
+    assert main(["perplexity", str(path), str(text), "-c", "16"]) == 0
+    out, err = capsys.readouterr()
+    model = ql.load(path)
+    results = list(ql.perplexity(model, model.tokenizer.encode(text.read_text()), context=16))
+    assert len(results) > 2
+    last = results[-1]
+    numbers = f"{last.value:.4f} +/- {last.error:.4f} ({last.tokens} tokens scored)"
+    assert out == f"perplexity: {numbers}\n"
+    chunks = [f"chunk {r.chunks}/{len(results)}: {r.value:.4f}" for r in results]
+    assert err.splitlines() == chunks
+
+
+def test_a_text_shorter_than_a_chunk_is_an_error(tiny_llama, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    assert main(["perplexity", str(tiny_llama("Q8_0", layers=1)), str(text)]) == 2
+    assert "tokens, wanted at least 512, one context" in capsys.readouterr().err

@@ -125,6 +125,11 @@ def test_a_file_and_a_tag_load_and_come_from_the_cache_the_second_time(hub: Hub,
     assert ask(hub, tmp_path, LOAD.format(name), HF_HUB_OFFLINE="1") == "tiny-q4_0.gguf 32"
 
 
+def test_the_command_line_takes_a_name_wherever_it_takes_a_file(hub: Hub, tmp_path: Path):
+    call = "from qllama_jax.cli import main; main(['info', 'some/model:Q4_0'])"
+    assert "'tiny-q4_0.gguf', GGUF version 3" in ask(hub, tmp_path, call)
+
+
 def test_all_parts_of_a_split_file_are_fetched(hub: Hub, tmp_path: Path):
     fetch = (
         "from qllama_jax.hub import fetch; p = fetch({!r});"
@@ -158,7 +163,7 @@ def test_what_the_hub_has_not_or_has_twice_is_refused(
 def test_a_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert is_hub_name("hf://a/b/c.gguf")
     assert is_hub_name("owner/repo:Q4_K_M")
-    for name in ("a.gguf", "folder/a.gguf", "/tmp/a.gguf", "owner/repo", tmp_path, "a/b/c:d"):
+    for name in ("a.gguf", "folder/a.gguf", "/folder/a.gguf", "owner/repo", tmp_path, "a/b/c:d"):
         assert not is_hub_name(name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()

@@ -126,3 +126,11 @@ def test_a_weight_that_is_nan_is_an_error_not_a_score(model: ql.Model):
         ql.score(spoiled, [1, 2, 3])
     with pytest.raises(ql.NumericalError, match="chunk 0"):
         list(ql.perplexity(spoiled, tokens_of(8), context=8))
+
+
+def test_a_first_position_without_a_next_token_is_refused(model: ql.Model):
+    for first in (-1, 7):
+        with pytest.raises(ValueError, match=f"first={first}: expected 0..6 for rows of 8 tokens"):
+            ql.token_logprobs(
+                model.params, jnp.zeros((1, 8), jnp.int32), config=model.config, first=first
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int32
@@ -33,4 +32,4 @@ def _(
     activations: Activations,
 ) -> Array:
     branches = [functools.partial(matmul, w=leaf, activations=activations) for leaf in w.experts]
-    return lax.switch(jnp.asarray(expert), branches, x)
+    return lax.switch(expert, branches, x)

@@ -1,4 +1,4 @@
-"""Taking small unsigned fields out of integers, and tables at such places.
+"""Taking small unsigned fields out of integers, and looking up what they stand for.
 
 Fields are selected by a broadcast shift, never by concatenating planes: XLA's CPU back end emits
 scalar code for a concatenation (0.9 against 2.0 billion weights a second for Q4_1 on two cores).

@@ -14,13 +14,7 @@ from gguf import GGMLQuantizationType
 from gguf import quants as tables
 from jaxtyping import Array, Bool, Float32, Int8, UInt8
 
-from qllama_jax.quants.bits import (
-    as_float,
-    fields_of_each,
-    lookup,
-    rows,
-    signed,
-)
+from qllama_jax.quants.bits import as_float, fields_of_each, lookup, rows, signed
 from qllama_jax.quants.block import Block, Leaf, block_format
 from qllama_jax.quants.float_scales import float_times_int
 
