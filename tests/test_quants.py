@@ -364,6 +364,15 @@ def test_shape_is_true_under_vmap_scan_and_eval_shape(qtype: TensorType):
     assert seen[-1] == ((3, 4, K), w.nbytes)
 
 
+def test_no_format_is_taken_for_another_with_the_same_arrays():
+    """JAX's caches compare tree structures; that of two dataclasses is equal but for statics."""
+    packed = {qtype: some_weight(qtype, 2, blocks=1)[0] for qtype in FORMATS}
+    structures = {qtype: jax.tree.structure(w) for qtype, w in packed.items()}
+    for qtype, structure in structures.items():
+        assert [other for other in FORMATS if structures[other] == structure] == [qtype]
+        assert jax.tree.unflatten(structure, jax.tree.leaves(packed[qtype])).qtype == qtype
+
+
 @every_format
 def test_the_static_part_of_a_leaf_does_not_depend_on_its_sizes(qtype: TensorType):
     small, large = some_weight(qtype, 1, blocks=1)[0], some_weight(qtype, 2, 3)[0]

@@ -110,8 +110,13 @@ def block_format(
 
     def register(cls: BlockType) -> BlockType:
         cls.qtype, cls.block_size, cls.layout = qtype, block_size, layout
+        # JAX compares the static fields of dataclasses but not the classes: without one of its own
+        # a jitted function may take a format for another that has the same arrays (Q4_0, IQ4_NL).
+        cls.__annotations__["format"] = str
+        setattr(cls, "format", struct.field(pytree_node=False, default=qtype.name))  # noqa: B010
         cls = struct.dataclass(cls, repr=False)  # type: ignore[assignment]
-        assert [f.name for f in dataclasses.fields(cast(Any, cls))] == list(layout.names or ())
+        names = [field.name for field in dataclasses.fields(cast(Any, cls))]
+        assert names == [*(layout.names or ()), "format"]
         FORMATS[qtype] = cls
         return cls
 
