@@ -21,7 +21,7 @@ from qllama_jax.metadata import Metadata
 from qllama_jax.model_file import read_model_file
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import RopeFrequencies, rope_frequencies
-from qllama_jax.tensor_reader import Progress, TensorReader, place
+from qllama_jax.tensor_reader import Layout, Progress, TensorReader, place
 from qllama_jax.tokenizer import Tokenizer
 
 
@@ -57,6 +57,7 @@ def load(
     gqa: int | None = None,
     chat_template: str | None = None,
     check_tensors: bool = True,
+    layout: Layout = "auto",
     progress: Progress | None = None,
 ) -> Model:
     """Load a Llama GGUF file; weights go to the default device packed as they are in the file.
@@ -70,6 +71,8 @@ def load(
             and a number given here must agree.
         chat_template: a Jinja template to use in place of the file's.
         check_tensors: refuse NaN and infinity among the weights and the scales of blocks.
+        layout: "auto" arranges the weights as the default backend multiplies them fastest; "file"
+            keeps the blocks of the file, which every backend can multiply.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
@@ -81,7 +84,7 @@ def load(
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)
-    params = _params(TensorReader(file, check_tensors, progress), config)
+    params = _params(TensorReader(file, check_tensors, progress, layout), config)
     return Model(params, config, file.metadata, file.path, chat_template)
 
 

@@ -21,7 +21,6 @@ from qllama_jax.layers import attention, linear, rms_norm, swiglu
 from qllama_jax.matmul import Activations, check_activations, matmul
 from qllama_jax.moe import Routing, moe_swiglu
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
-from qllama_jax.quants import Block, take
 from qllama_jax.rope import rope_cos_sin, rotate
 
 Tap = Callable[[str, Array], Array]
@@ -155,8 +154,8 @@ def hidden_states(
 def embed(params: Params, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
     """Return the tokens' rows of the embedding; ids outside it are clamped, not diagnosed."""
     table = params.token_embd.weight
-    rows = take(table, jnp.clip(tokens, 0, table.shape[0] - 1))
-    return rows.dequantize() if isinstance(rows, Block) else rows
+    rows = jnp.clip(tokens, 0, table.shape[0] - 1)
+    return table[rows] if isinstance(table, jax.Array) else table.dequantize_rows(rows)
 
 
 def unembed(

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float32
 
 from qllama_jax.errors import GGUFError, quoted
+from qllama_jax.matmul import cpu
 from qllama_jax.matmul.experts import MixedExperts
-from qllama_jax.quants import F32, FORMATS, Leaf
+from qllama_jax.quants import F32, FORMATS, Block, Leaf
 from qllama_jax.tensor_file import GGUFFile, GGUFTensor
 
 Progress = Callable[[int, int], None]
+Layout = Literal["auto", "file"]
 
 
 class TensorReader:
     """Takes tensors out of a file and knows what is left."""
 
-    def __init__(self, file: GGUFFile, check_tensors: bool, progress: Progress | None) -> None:
+    def __init__(self, file: GGUFFile, check_tensors: bool, progress: Progress | None, layout: Layout) -> None:
         """`check_tensors` and `progress` as in `load`."""
         self.file = file
         self._left = dict(file.tensors)
         self._check_tensors = check_tensors
         self._progress = progress
+        self._for_cpu = layout == "auto" and jax.default_backend() == "cpu"
         self._bytes_total = sum(tensor.nbytes for tensor in file.tensors.values())
         self._bytes_done = 0
 
@@ -35,36 +38,42 @@ class TensorReader:
 
     def matrix(self, name: str, shape: tuple[int, ...]) -> Leaf:
         """Weights `[*, out, in]` on the device: packed, or a plain array where they are F32."""
-        return place(plain_if_f32(self.read(name, shape)))
+        block, raw = self._take(name, shape)
+        return self._leaf(block, raw)
 
     def matrices(self, name: str, rows: Sequence[int], width: int) -> list[Leaf]:
         """Weights that the file holds one below the other, taken apart after so many rows each."""
-        whole = self.read(name, (sum(rows), width))
-        parts, first = [], 0
-        for count in rows:
-            cut = slice(first, first + count)
-            part = jax.tree.map(lambda leaf, cut=cut: leaf[cut], whole)
-            parts.append(place(plain_if_f32(part)))
-            first += count
-        return parts
+        block, whole = self._take(name, (sum(rows), width))
+        return [self._leaf(block, part) for part in np.split(whole, np.cumsum(rows)[:-1])]
 
     def stacked(self, names: Sequence[str], shape: tuple[int, int]) -> Leaf:
         """Weights `[E, out, in]` of E tensors `[out, in]`: one array where all have one format."""
-        parts = [plain_if_f32(self.read(name, shape)) for name in names]
-        if len({type(part) for part in parts}) > 1:
-            return MixedExperts(tuple(place(part) for part in parts))
-        return place(jax.tree.map(lambda *leaves: np.stack(leaves), *parts))
+        parts = [self._take(name, shape) for name in names]
+        blocks = {block for block, _ in parts}
+        if len(blocks) > 1 or self._for_cpu:
+            return MixedExperts(tuple(self._leaf(block, raw) for block, raw in parts))
+        return self._leaf(blocks.pop(), np.stack([raw for _, raw in parts]))
 
     def vector(self, name: str, size: int) -> Float32[np.ndarray, " size"]:
         """A norm, bias or frequency factor, float32 on the host."""
-        return np.asarray(place(self.read(name, (size,))).dequantize())
+        block, raw = self._take(name, (size,))
+        return np.asarray(place(block.from_bytes(raw)).dequantize())
 
     def optional_vector(self, name: str, size: int) -> Float32[np.ndarray, " size"] | None:
         """As `vector`, None where the file has none."""
         return self.vector(name, size) if name in self else None
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Take a tensor as a Block of numpy arrays."""
+    def _leaf(self, block: type[Block], raw: np.ndarray) -> Leaf:
+        """Place weights in the arrangement from which this backend multiplies fastest."""
+        name = block.qtype.name
+        if self._for_cpu and raw.ndim == 3:
+            return MixedExperts(tuple(self._leaf(block, expert) for expert in raw))
+        if self._for_cpu and name in cpu.LAYOUTS:
+            return place(cpu.pack(name, raw))
+        return place(plain_if_f32(block.from_bytes(raw)))
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], np.ndarray]:
+        """Take a tensor out of the file: its format and its bytes."""
         tensor = self._left.pop(name, None)
         if tensor is None:
             raise GGUFError(f"{self.file.path}: tensor {quoted(name)} is missing")
@@ -73,13 +82,13 @@ class TensorReader:
             raise GGUFError(
                 f"{self.file.path}: tensor {quoted(name)}: shape {found}, wanted {wanted}"
             )
-        packed = self._format_of(tensor).from_bytes(tensor.data)
+        block, raw = self._format_of(tensor), tensor.data
         if self._check_tensors:
-            self._check_finite(tensor, packed)
+            self._check_finite(tensor, block.from_bytes(raw))
         self._bytes_done += tensor.nbytes
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
-        return packed
+        return block, raw
 
     def check_nothing_left(self) -> None:
         """Refuse a file with tensors that nobody took: it is not what it says it is."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from qllama_jax.quants import Block
 
 # Values of a dequantized tile: 1 MiB of float32, which stays in a core's L2 cache together with
 # its packed bytes. Larger tiles bring nothing at one row and cost memory.
@@ -24,6 +23,25 @@ TILE_VALUES = 2**18
 
 # The rounding group of "int8" and "int8x2" activations, as ggml's block_q8_0.
 GROUP = 32
+
+
+class Rows(Protocol):
+    """A packed weight `[out, in]` of which a tile of rows can be taken and dequantized."""
+
+    row_unit: int  # tiles begin and end at multiples of so many rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        ...
+
+    def slice_rows(self, start: Array, count: int) -> Rows:
+        """Return `count` rows from row `start`, which may be traced."""
+        ...
+
+    def dequantize(self) -> Float32[Array, "out in"]:
+        """Return the values."""
+        ...
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -53,7 +71,7 @@ def round_activations(x: Float[Array, "*batch in"], activations: str) -> Float[A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def matmul_rows(
-    x: Float[Array, "*batch in"], w: Block, first: Int32[Array, ""], count: int
+    x: Float[Array, "*batch in"], w: Rows, first: Int32[Array, ""], count: int
 ) -> Float[Array, "*batch out"]:
     """Compute x @ w.dequantize()[first : first + count].T, a tile of rows of w at a time.
 
@@ -72,14 +90,21 @@ def matmul_rows(
     return y.reshape(*batch, count).astype(x.dtype)
 
 
-def _forward(x: Array, w: Block, first: Array, count: int) -> tuple[Array, tuple[Block, Array]]:
+def _forward(x: Array, w: Rows, first: Array, count: int) -> tuple[Array, tuple[Rows, Array]]:
     return matmul_rows(x, w, first, count), (w, first)
 
 
 def _backward(
-    count: int, residuals: tuple[Block, Array], dy: Float[Array, "*batch out"]
+    count: int, residuals: tuple[Rows, Array], dy: Float[Array, "*batch out"]
 ) -> tuple[Array, None, None]:
     w, first = residuals
+    return pull_back(dy, w, first, count), None, None
+
+
+def pull_back(
+    dy: Float[Array, "*batch out"], w: Rows, first: Int32[Array, ""], count: int
+) -> Float[Array, "*batch in"]:
+    """Compute dy @ w.dequantize()[first : first + count], a tile at a time."""
     *batch, _ = dy.shape
     rows = dy.reshape(-1, count)
     _, width = w.shape
@@ -90,7 +115,7 @@ def _backward(
 
     init = jnp.zeros((rows.shape[0], width), jnp.float32)
     dx = _over_tiles(w, first, count, add_tile, init)
-    return dx.reshape(*batch, width).astype(dy.dtype), None, None
+    return dx.reshape(*batch, width).astype(dy.dtype)
 
 
 matmul_rows.defvjp(_forward, _backward)
@@ -105,21 +130,22 @@ class Tile(NamedTuple):
 
 
 def _over_tiles(
-    w: Block, first: Array, count: int, visit: Callable[[Tile, Array], Array], init: Array
+    w: Rows, first: Array, count: int, visit: Callable[[Tile, Array], Array], init: Array
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
     # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
     # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
-    size = max(1, min(-(-count // 2), TILE_VALUES // width))
+    unit = w.row_unit
+    size = unit * max(1, min(-(-count // (2 * unit)), TILE_VALUES // (unit * width)))
 
     def body(i: Array, carry: Array) -> Array:
         # Where `size` does not divide `count` the last tile starts earlier and repeats some rows.
         start = jnp.minimum(i * size, count - size)
         fresh = start + np.arange(size, dtype=np.int32) >= i * size
-        packed = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first + start, size), w)
         # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
-        return visit(Tile(start, fresh, lax.optimization_barrier(packed).dequantize()), carry)
+        packed = lax.optimization_barrier(w.slice_rows(first + start, size))
+        return visit(Tile(start, fresh, packed.dequantize()), carry)
 
     return lax.fori_loop(0, -(-count // size), body, init)
 

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float32, UInt8
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
 from qllama_jax.tensor_types import BLOCK_SIZES, TensorType
 
@@ -32,6 +33,7 @@ class Block:
     qtype: ClassVar[TensorType]
     block_size: ClassVar[int]  # values a block
     layout: ClassVar[np.dtype]  # the block struct, byte for byte
+    row_unit: ClassVar[int] = 1
 
     @classmethod
     def from_bytes(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:
@@ -50,6 +52,14 @@ class Block:
     def dequantize(self) -> Float32[Array, "*out in"]:
         """Return the values, bit-equal to ggml's dequantize_row of this type."""
         raise NotImplementedError
+
+    def slice_rows(self, start: Array, count: int) -> Block:
+        """Return `count` rows from row `start`, which may be traced, still packed."""
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, count), self)
+
+    def dequantize_rows(self, rows: Int32[Array, "*rows"]) -> Float32[Array, "*rows in"]:
+        """Return `dequantize()[rows]`; only those rows are read."""
+        return take(self, rows).dequantize()
 
     def not_finite(self) -> dict[str, Bool[np.ndarray, ...]]:
         """Return by field which of its numbers are NaN or infinite; for blocks of numpy arrays.

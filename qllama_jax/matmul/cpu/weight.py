@@ -1,0 +1,136 @@
+"""A weight packed for a CPU: 16 rows side by side in the lanes of a vector register."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float32, Int32
+
+from qllama_jax.matmul.cpu.layouts import LAYOUTS, Layout
+from qllama_jax.quants import Leaf
+
+LANES = 16
+
+
+@struct.dataclass
+class CPUWeight:
+    """Weights `[*, out, in]` whose bytes are those of the file, in another order.
+
+    A tile is LANES rows; the last one is filled up with zeros. G counts the groups of weights in a
+    row (see `Layout`), nb the blocks. Sub-blocks have small integers as scales and a super-block
+    has half floats by which those are multiplied; blocks without sub-blocks have half floats alone.
+    """
+
+    words: Leaf  # uint16[*, G, tiles, n, LANES]
+    scale: Leaf  # float16, int8 or uint8 [*, G, tiles, LANES]
+    minimum: Leaf  # the same, or None
+    super_scale: Leaf  # float16[*, nb, tiles, LANES], or None
+    super_minimum: Leaf  # the same, or None
+    format: str = struct.field(pytree_node=False)
+    out: int = struct.field(pytree_node=False)
+
+    row_unit: ClassVar[int] = LANES
+
+    @property
+    def layout(self) -> Layout:
+        """How the words hold the integers."""
+        return LAYOUTS[self.format]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape `(*, out, in)`."""
+        *lead, groups, _, _, _ = self.words.shape
+        return (*lead, self.out, groups * self.layout.group)
+
+    @property
+    def padded(self) -> int:
+        """Rows with the fillings of the last tile."""
+        return LANES * self.words.shape[-3]
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def __repr__(self) -> str:
+        try:
+            return f"CPUWeight({self.format}, shape={self.shape}, nbytes={self.nbytes})"
+        except (AttributeError, TypeError):  # leaves that are no arrays: inside tree.map
+            return f"CPUWeight({self.format}, {self.words!r})"
+
+    def dequantize(self) -> Float32[Array, "*out in"]:
+        """Return the values, bit-equal to those of the format's own `dequantize`."""
+        values = self._integers().astype(jnp.float32) - np.float32(self.layout.zero)
+        scale, minimum = _float(self.scale), _float(self.minimum)
+        if self.super_scale is not None:
+            scale = _scaled(self.super_scale, scale)
+        if self.super_minimum is not None:
+            minimum = _scaled(self.super_minimum, minimum)
+        if scale is not None:
+            values = scale[..., None, :] * values
+        if minimum is not None:
+            minimum = minimum[..., None, :]
+            values = values - minimum if self.layout.subtracts_minimum else values + minimum
+        # [*, G, tiles, group, lanes] -> [*, tiles, lanes, G, group]
+        values = jnp.moveaxis(values, (-4, -2), (-2, -1))
+        *lead, tiles, lanes, groups, group = values.shape
+        return values.reshape(*lead, tiles * lanes, groups * group)[..., : self.out, :]
+
+    def dequantize_rows(self, rows: Int32[Array, "*rows"]) -> Float32[Array, "*rows in"]:
+        """Return `dequantize()[rows]`; only those rows are read."""
+
+        def row(index: Array) -> Array:
+            tile, lane = index // LANES, index % LANES
+
+            def cell(leaf: Array) -> Array:
+                column = lax.dynamic_slice_in_dim(leaf, tile, 1, axis=1)
+                return lax.dynamic_slice_in_dim(column, lane, 1, axis=leaf.ndim - 1)
+
+            return dataclasses.replace(jax.tree.map(cell, self), out=1).dequantize()[0]
+
+        found = jax.vmap(row)(rows.reshape(-1))
+        return found.reshape(*rows.shape, found.shape[-1])
+
+    def slice_rows(self, start: Int32[Array, ""], count: int) -> CPUWeight:
+        """Return `count` rows from row `start`, both multiples of LANES; fillings count."""
+        return self.slice_tiles(start // LANES, count // LANES)
+
+    def slice_tiles(self, start: Int32[Array, ""], count: int) -> CPUWeight:
+        """Return `count` tiles from tile `start`."""
+        part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, count, 1), self)
+        return dataclasses.replace(part, out=count * LANES)
+
+    def _integers(self) -> Array:
+        layout = self.layout
+        if not layout.words:
+            return self.words
+        found = None
+        for word, bit, mask, unit in zip(*layout.terms, strict=True):
+            words = jnp.take(self.words, word, axis=-2, mode="clip")
+            term = ((words >> bit[:, None]) & mask[:, None]) * unit[:, None]
+            found = term if found is None else found + term
+        assert found is not None
+        return found.astype(jnp.int16)
+
+
+def _float(leaf: Leaf) -> Array | None:
+    return None if leaf is None else leaf.astype(jnp.float32)
+
+
+def _scaled(by: Leaf, small: Array) -> Array:
+    """Multiply each super-block's number with those of its sub-blocks."""
+    *lead, groups, tiles, lanes = small.shape
+    nb = by.shape[-3]
+    product = by.astype(jnp.float32)[..., None, :, :] * small.reshape(*lead, nb, groups // nb, tiles, lanes)
+    return product.reshape(small.shape)
