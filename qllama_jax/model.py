@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from qllama_jax import cache as kv
@@ -132,7 +133,8 @@ def hidden_states(
     for i, block in enumerate(params.blk):
         arguments = (block, x, cache.k[i], cache.v[i], cos_sin, positions, count)
         if tap is None and not capture:
-            x, k, v, routing = _shared_block(*arguments, config=config, activations=activations)
+            with set_xla_metadata(inlineable="false"):
+                x, k, v, routing = _shared_block(*arguments, config=config, activations=activations)
         else:
             probe = _probe(f"blk.{i}.", tap, frozenset(capture), aux)
             x, k, v, routing = run_block(

@@ -39,8 +39,8 @@ class Rows(Protocol):
         """Return `count` rows from row `start`, which may be traced."""
         ...
 
-    def dequantize(self) -> Float32[Array, "out in"]:
-        """Return the values."""
+    def dequantize_transposed(self) -> Float32[Array, "in out"]:
+        """Return the values, rows as columns."""
         ...
 
 
@@ -82,7 +82,7 @@ def matmul_rows(
     rows = x.reshape(-1, width)
 
     def write_tile(tile: Tile, y: Array) -> Array:
-        product = _dot(rows, tile.dense.T)
+        product = _dot(rows, tile.dense)
         return lax.dynamic_update_slice(y, product, (np.int32(0), tile.start))
 
     init = jnp.zeros((rows.shape[0], count), jnp.float32)
@@ -111,7 +111,7 @@ def pull_back(
 
     def add_tile(tile: Tile, dx: Array) -> Array:
         slab = lax.dynamic_slice_in_dim(rows, tile.start, tile.fresh.size, axis=1)
-        return dx + _dot(jnp.where(tile.fresh[None], slab, 0), tile.dense)
+        return dx + _dot(jnp.where(tile.fresh[None], slab, 0), tile.dense.T)
 
     init = jnp.zeros((rows.shape[0], width), jnp.float32)
     dx = _over_tiles(w, first, count, add_tile, init)
@@ -126,7 +126,7 @@ class Tile(NamedTuple):
 
     start: Array  # int32: the first of them
     fresh: Array  # bool[tile]: False for rows that the tile before held already
-    dense: Array  # float32[tile, in]
+    dense: Array  # float32[in, tile]
 
 
 def _over_tiles(
@@ -145,7 +145,7 @@ def _over_tiles(
         fresh = start + np.arange(size, dtype=np.int32) >= i * size
         # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
         packed = lax.optimization_barrier(w.slice_rows(first + start, size))
-        return visit(Tile(start, fresh, packed.dequantize()), carry)
+        return visit(Tile(start, fresh, packed.dequantize_transposed()), carry)
 
     return lax.fori_loop(0, -(-count // size), body, init)
 

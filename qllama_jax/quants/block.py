@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
@@ -52,6 +53,10 @@ class Block:
     def dequantize(self) -> Float32[Array, "*out in"]:
         """Return the values, bit-equal to ggml's dequantize_row of this type."""
         raise NotImplementedError
+
+    def dequantize_transposed(self) -> Float32[Array, "*in out"]:
+        """Return the values with rows as columns."""
+        return jnp.swapaxes(self.dequantize(), -1, -2)
 
     def slice_rows(self, start: Array, count: int) -> Block:
         """Return `count` rows from row `start`, which may be traced, still packed."""

@@ -1,12 +1,13 @@
-"""The CPU's packing of a weight, and the kernels that multiply with it."""
+"""Weights packed for a CPU, and which kernel multiplies with them."""
 
 from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from qllama_jax.matmul import Activations, register, xla
 from qllama_jax.matmul.cpu import float_kernel, int8_kernel
@@ -21,48 +22,43 @@ __all__ = ["LAYOUTS", "CPUWeight", "pack"]
 def _(w: CPUWeight, x: Float[Array, "*batch in"], activations: Activations) -> Array:
     *batch, width = x.shape
     rows = x.reshape(-1, width)
-    if not w.layout.words:
-        # These kernels are at the speed of memory with float activations: rounding gains nothing.
-        if w.format == "Q8_0":
+    if w.layout.words and activations != "float":
+        y = _int8(rows, w, activations == "int8x2")
+    else:
+        if w.format == "Q8_0":  # the others are floats in the file, which meet float activations
             rows = xla.round_activations(rows, activations)
         y = _float(rows, w)
-    elif activations == "float":
-        y = _tiles(rows, w)
-    else:
-        y = _int8(rows, w, activations == "int8x2")
     return y.reshape(*batch, w.out)
 
 
-def _float(x, w):
+def _float(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
     B, _ = x.shape
-    return float_kernel.multiply(x, w) if B <= float_kernel.MOST_ROWS else _tiles(x, w)
-
-
-def _tiles(x, w):
+    if not w.layout.words and 0 < B <= float_kernel.MOST_ROWS:
+        return _few_rows(x, w)
     return xla.matmul_rows(x, w, jnp.int32(0), w.padded)[:, : w.out]
 
 
-def _with_gradient(kernel):
-    """Give a kernel `(x, w, *static) -> x @ w.T` the gradient of the exact product."""
-
-    @functools.wraps(kernel)
-    def run(x, w, *static):
-        return differentiable(x, w, static)
-
-    @functools.partial(__import__("jax").custom_vjp, nondiff_argnums=(2,))
-    def differentiable(x, w, static):
-        return kernel(x, w, *static)
-
-    def forward(x, w, static):
-        return differentiable(x, w, static), w
-
-    def backward(static, w, dy):
-        padded = jnp.pad(dy, ((0, 0), (0, w.padded - w.out)))
-        return xla.pull_back(padded, w, jnp.int32(0), w.padded), None
-
-    differentiable.defvjp(forward, backward)
-    return run
+@jax.custom_vjp
+def _few_rows(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
+    return float_kernel.multiply(x, w).astype(x.dtype)
 
 
-_int8 = _with_gradient(int8_kernel.multiply)
-_float = _with_gradient(_float)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _int8(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float[Array, "B out"]:
+    B, _ = x.shape
+    if B == 0:
+        return jnp.zeros((0, w.out), x.dtype)
+    return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
+
+
+def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B in"], None]:
+    # The gradient of the exact product: that of rounding is zero everywhere.
+    filled = jnp.pad(dy, ((0, 0), (0, w.padded - w.out)))
+    return xla.pull_back(filled, w, jnp.int32(0), w.padded), None
+
+
+_few_rows.defvjp(lambda x, w: (_few_rows(x, w), w), _pull_back)
+_int8.defvjp(
+    lambda x, w, with_residual: (_int8(x, w, with_residual), w),
+    lambda _, w, dy: _pull_back(w, dy),
+)

@@ -71,6 +71,10 @@ class CPUWeight:
 
     def dequantize(self) -> Float32[Array, "*out in"]:
         """Return the values, bit-equal to those of the format's own `dequantize`."""
+        return jnp.swapaxes(self.dequantize_transposed(), -1, -2)
+
+    def dequantize_transposed(self) -> Float32[Array, "*in out"]:
+        """Return the values with rows as columns, which leaves them in the lanes."""
         values = self._integers().astype(jnp.float32) - np.float32(self.layout.zero)
         scale, minimum = _float(self.scale), _float(self.minimum)
         if self.super_scale is not None:
@@ -82,10 +86,10 @@ class CPUWeight:
         if minimum is not None:
             minimum = minimum[..., None, :]
             values = values - minimum if self.layout.subtracts_minimum else values + minimum
-        # [*, G, tiles, group, lanes] -> [*, tiles, lanes, G, group]
-        values = jnp.moveaxis(values, (-4, -2), (-2, -1))
-        *lead, tiles, lanes, groups, group = values.shape
-        return values.reshape(*lead, tiles * lanes, groups * group)[..., : self.out, :]
+        # [*, G, tiles, group, lanes] -> [*, G, group, tiles, lanes]
+        values = jnp.swapaxes(values, -3, -2)
+        *lead, groups, group, tiles, lanes = values.shape
+        return values.reshape(*lead, groups * group, tiles * lanes)[..., : self.out]
 
     def dequantize_rows(self, rows: Int32[Array, "*rows"]) -> Float32[Array, "*rows in"]:
         """Return `dequantize()[rows]`; only those rows are read."""
@@ -104,7 +108,7 @@ class CPUWeight:
 
     def slice_rows(self, start: Int32[Array, ""], count: int) -> CPUWeight:
         """Return `count` rows from row `start`, both multiples of LANES; fillings count."""
-        return self.slice_tiles(start // LANES, count // LANES)
+        return self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES)
 
     def slice_tiles(self, start: Int32[Array, ""], count: int) -> CPUWeight:
         """Return `count` tiles from tile `start`."""
