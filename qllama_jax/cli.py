@@ -190,11 +190,12 @@ def _closing_line(last: Piece, seed: int) -> str:
 
 
 def _perplexity(arguments: argparse.Namespace) -> None:
-    text = Path(arguments.file).read_text(encoding="utf-8")
+    text = Path(arguments.file).read_bytes().decode()
     model = _load(arguments)
     from qllama_jax.score import perplexity
 
-    tokens = model.tokenizer.encode(text)
+    # As llama.cpp's tool does: text that looks like a control token is text.
+    tokens = model.tokenizer.encode(text, parse_special=False)
     results = perplexity(
         model, tokens, context=arguments.context, activations=arguments.activations
     )

@@ -604,11 +604,14 @@ def test_an_empty_template_is_no_template(chat, tiny_llama):
 def test_perplexity_prints_that_of_the_library_and_each_chunk(tiny_llama, tmp_path, capsys):
     path = tiny_llama("Q8_0", layers=1)
     text = tmp_path / "text.txt"
-    text.write_text("one two three " * 9)
+    content = "one two</s>\r\nthree " * 9
+    text.write_bytes(content.encode())
     assert main(["perplexity", str(path), str(text), "-c", "16"]) == 0
     out, err = capsys.readouterr()
     model = ql.load(path)
-    results = list(ql.perplexity(model, model.tokenizer.encode(text.read_text()), context=16))
+    ids = model.tokenizer.encode(content, parse_special=False)
+    assert ids != model.tokenizer.encode(content)
+    results = list(ql.perplexity(model, ids, context=16))
     assert len(results) > 2
     last = results[-1]
     numbers = f"{last.value:.4f} +/- {last.error:.4f} ({last.tokens} tokens scored)"
