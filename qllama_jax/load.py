@@ -92,8 +92,9 @@ def _params(tensors: TensorReader, config: ModelConfig) -> Params:
     V, D = config.vocab_size, config.embed_dim
     rope = _rope(tensors, config)
     tied = "output.weight" not in tensors
+    embedding = tensors.matrix if tied else tensors.table
     params = Params(
-        token_embd=Linear(weight=tensors.matrix("token_embd.weight", (V, D))),
+        token_embd=Linear(weight=embedding("token_embd.weight", (V, D))),
         blk=tuple(_block(tensors, f"blk.{i}.", config) for i in range(config.num_layers)),
         output_norm=Linear(weight=place(tensors.vector("output_norm.weight", D))),
         output=None if tied else Linear(weight=tensors.matrix("output.weight", (V, D))),

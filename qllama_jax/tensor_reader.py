@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.matmul import cpu
-from qllama_jax.matmul.experts import MixedExperts
+from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import F32, FORMATS, Block, Leaf
 from qllama_jax.tensor_file import GGUFFile, GGUFTensor
 
@@ -38,8 +38,12 @@ class TensorReader:
 
     def matrix(self, name: str, shape: tuple[int, ...]) -> Leaf:
         """Weights `[*, out, in]` on the device: packed, or a plain array where they are F32."""
+        return self._leaf(*self._take(name, shape))
+
+    def table(self, name: str, shape: tuple[int, int]) -> Leaf:
+        """Weights `[rows, in]` that nothing is multiplied with; only rows are looked up."""
         block, raw = self._take(name, shape)
-        return self._leaf(block, raw)
+        return place(plain_if_f32(block.from_bytes(raw)))
 
     def matrices(self, name: str, rows: Sequence[int], width: int) -> list[Leaf]:
         """Weights that the file holds one below the other, taken apart after so many rows each."""
@@ -51,7 +55,7 @@ class TensorReader:
         parts = [self._take(name, shape) for name in names]
         blocks = {block for block, _ in parts}
         if len(blocks) > 1 or self._for_cpu:
-            return MixedExperts(tuple(self._leaf(block, raw) for block, raw in parts))
+            return SeparateExperts(tuple(self._leaf(block, raw) for block, raw in parts))
         return self._leaf(blocks.pop(), np.stack([raw for _, raw in parts]))
 
     def vector(self, name: str, size: int) -> Float32[np.ndarray, " size"]:
@@ -67,7 +71,7 @@ class TensorReader:
         """Place weights in the arrangement from which this backend multiplies fastest."""
         name = block.qtype.name
         if self._for_cpu and raw.ndim == 3:
-            return MixedExperts(tuple(self._leaf(block, expert) for expert in raw))
+            return SeparateExperts(tuple(self._leaf(block, expert) for expert in raw))
         if self._for_cpu and name in cpu.LAYOUTS:
             return place(cpu.pack(name, raw))
         return place(plain_if_f32(block.from_bytes(raw)))

@@ -14,7 +14,7 @@ import pytest
 
 import qllama_jax as ql
 from qllama_jax.matmul import matmul_expert
-from qllama_jax.matmul.experts import MixedExperts
+from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.moe import moe_swiglu, route
 from qllama_jax.params import MoEBlock
 from qllama_jax.quants import F32, Block
@@ -237,7 +237,7 @@ def test_experts_of_different_formats_equal_the_reference(tiny_llama: TinyLlama,
     (block,) = loaded.params.blk
     assert isinstance(block, MoEBlock)
     down = block.ffn_down_exps.weight
-    assert isinstance(down, MixedExperts)
+    assert isinstance(down, SeparateExperts)
     assert down.shape == (E, D, 96)
     assert isinstance(block.ffn_gate_exps.weight, Block)
     tokens = list(range(20))

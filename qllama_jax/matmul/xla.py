@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ TILE_VALUES = 2**18
 GROUP = 32
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A packed weight `[out, in]` of which a tile of rows can be taken and dequantized."""
 

@@ -23,7 +23,7 @@ from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 # Rows of x (twice as many count with a residual) up to which the weight is gone through in one
 # piece. More would make the accumulators larger than the caches, so the weight is cut instead.
 WHOLE_ROWS = 8
-TILES_AT_A_TIME = 32
+TILES_AT_A_TIME = 16
 # Groups that stage two sums: more are slower by 1.4 (16) to 2.7 times (32) and compile slowly.
 MOST_GROUPS = 8
 
@@ -150,6 +150,8 @@ def _scaled_sums(
     def over_rows(leaf: Array, i: int) -> Array:
         return nth(leaf, i)[:, :, None].astype(jnp.float32)
 
+    scale, minimum = w.scales
+    assert scale is not None
     y = z = np.float32(0)
     for i in range(count):
         exact = nth(sums, i).astype(jnp.float32)
@@ -159,9 +161,9 @@ def _scaled_sums(
         product = exact * over_lanes(x.step, i)
         if layout.excess:
             product = product + np.float32(layout.excess) * total
-        y = y + over_rows(w.scale, i) * product
-        if w.minimum is not None:
-            z = z + over_rows(w.minimum, i) * total
+        y = y + over_rows(scale, i) * product
+        if minimum is not None:
+            z = z + over_rows(minimum, i) * total
     if w.super_scale is not None:
         y = y * w.super_scale[:, :, None].astype(jnp.float32)
     if w.super_minimum is not None:

@@ -36,7 +36,8 @@ class Field(NamedTuple):
 class Layout:
     """Words of a group of weights, whose integers q stand for scale (q - zero) + minimum.
 
-    The group is what one int16 accumulator sums, of (q - middle) x.
+    The group is what one int16 accumulator sums, of (q - middle) x. Without words the weights are
+    numbers of their own, q itself.
     """
 
     words: tuple[tuple[Field, ...], ...]
@@ -44,6 +45,7 @@ class Layout:
     zero: int
     middle: int
     subtracts_minimum: bool = False  # scale (q - zero) - minimum, as the k-quants have it
+    shares_bytes: bool = False  # a scale is the low half of a byte whose high half is a minimum
 
     @property
     def excess(self) -> int:
@@ -151,12 +153,12 @@ LAYOUTS: dict[str, Layout] = {
     "Q4_1": Layout(_NIBBLES, group=32, zero=0, middle=8),
     "Q5_0": Layout(_BITS + _NIBBLES, group=32, zero=16, middle=16),
     "Q5_1": Layout(_BITS + _NIBBLES, group=32, zero=0, middle=16),
-    "Q2_K": Layout(_CRUMBS, group=16, zero=0, middle=0, subtracts_minimum=True),
+    "Q2_K": Layout(
+        _CRUMBS, group=16, zero=0, middle=0, subtracts_minimum=True, shares_bytes=True
+    ),
     "Q3_K": Layout(_THREE_BITS, group=16, zero=4, middle=4),
     "Q4_K": Layout(_NIBBLES, group=32, zero=0, middle=8, subtracts_minimum=True),
     "Q5_K": Layout(_PAIRED_BITS + _NIBBLES, group=32, zero=0, middle=16, subtracts_minimum=True),
     "Q6_K": Layout(_SIX_BITS, group=16, zero=32, middle=32),
-    "Q8_0": Layout((), group=32, zero=0, middle=0),
-    "F16": Layout((), group=32, zero=0, middle=0),
-    "BF16": Layout((), group=32, zero=0, middle=0),
+    **dict.fromkeys(("Q8_0", "F16", "BF16"), Layout((), group=32, zero=0, middle=0)),
 }

@@ -23,13 +23,14 @@ class CPUWeight:
     """Weights `[*, out, in]` whose bytes are those of the file, in another order.
 
     A tile is LANES rows; the last one is filled up with zeros. G counts the groups of weights in a
-    row (see `Layout`), nb the blocks. Sub-blocks have small integers as scales and a super-block
-    has half floats by which those are multiplied; blocks without sub-blocks have half floats alone.
+    row (see `Layout`), nb the super-blocks. The scales of sub-blocks are small integers, and half
+    floats of the super-block multiply them; formats without super-blocks have half floats alone.
+    Scales of 6 bits take a byte here: 2.3 (Q5_K) to 3.6 % (Q3_K) more than the file has.
     """
 
-    words: Leaf  # uint16[*, G, tiles, n, LANES]
-    scale: Leaf  # float16, int8 or uint8 [*, G, tiles, LANES]
-    minimum: Leaf  # the same, or None
+    words: Leaf  # uint16[*, G, tiles, n, LANES]; without words int8, float16 or bfloat16, n = 32
+    scale: Leaf  # float16, int8 or uint8 [*, G, tiles, LANES], or None
+    minimum: Leaf  # float16 or uint8 alike, or None
     super_scale: Leaf  # float16[*, nb, tiles, LANES], or None
     super_minimum: Leaf  # the same, or None
     format: str = struct.field(pytree_node=False)
@@ -69,6 +70,13 @@ class CPUWeight:
         except (AttributeError, TypeError):  # leaves that are no arrays: inside tree.map
             return f"CPUWeight({self.format}, {self.words!r})"
 
+    @property
+    def scales(self) -> tuple[Array | None, Array | None]:
+        """Scale and minimum of each group, small integers where there are super-blocks."""
+        if self.layout.shares_bytes:
+            return self.scale & np.uint8(15), self.scale >> np.uint8(4)
+        return self.scale, self.minimum
+
     def dequantize(self) -> Float32[Array, "*out in"]:
         """Return the values, bit-equal to those of the format's own `dequantize`."""
         return jnp.swapaxes(self.dequantize_transposed(), -1, -2)
@@ -76,11 +84,11 @@ class CPUWeight:
     def dequantize_transposed(self) -> Float32[Array, "*in out"]:
         """Return the values with rows as columns, which leaves them in the lanes."""
         values = self._integers().astype(jnp.float32) - np.float32(self.layout.zero)
-        scale, minimum = _float(self.scale), _float(self.minimum)
-        if self.super_scale is not None:
-            scale = _scaled(self.super_scale, scale)
-        if self.super_minimum is not None:
-            minimum = _scaled(self.super_minimum, minimum)
+        scale, minimum = self.scales
+        if scale is not None:
+            scale = _full_scale(scale, self.super_scale)
+        if minimum is not None:
+            minimum = _full_scale(minimum, self.super_minimum)
         if scale is not None:
             values = scale[..., None, :] * values
         if minimum is not None:
@@ -128,13 +136,11 @@ class CPUWeight:
         return found.astype(jnp.int16)
 
 
-def _float(leaf: Leaf) -> Array | None:
-    return None if leaf is None else leaf.astype(jnp.float32)
-
-
-def _scaled(by: Leaf, small: Array) -> Array:
-    """Multiply each super-block's number with those of its sub-blocks."""
-    *lead, groups, tiles, lanes = small.shape
+def _full_scale(scale: Array, by: Leaf) -> Float32[Array, "*lead G tiles lanes"]:
+    """Multiply the small scales of sub-blocks with that of their super-block, if there is one."""
+    if by is None:
+        return scale.astype(jnp.float32)
+    *lead, groups, tiles, lanes = scale.shape
     nb = by.shape[-3]
-    product = by.astype(jnp.float32)[..., None, :, :] * small.reshape(*lead, nb, groups // nb, tiles, lanes)
-    return product.reshape(small.shape)
+    small = scale.reshape(*lead, nb, groups // nb, tiles, lanes).astype(jnp.float32)
+    return (by[..., None, :, :].astype(jnp.float32) * small).reshape(scale.shape)
