@@ -11,11 +11,14 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as QType
 
 from llama_cpp_matrix import GOLDENS, Distances, distances
 from matrix import MATRIX, NOT_IN_LLAMA_CPP, VARIANTS
+from qllama_jax.quants import FORMATS
 from reference import Reference
 from tiny import write_tiny_llama
 
@@ -52,6 +55,24 @@ def test_logits_are_llama_cpps_when_all_round_activations_alike(distances_of, na
     found, bound = distances_of(name), ALIKE_F16 if name == "F16" else ALIKE
     assert np.median(found.reference_left) <= bound
     assert np.median(found.left) <= bound
+
+
+def test_a_scale_wrong_by_1_percent_hides_in_the_rounding_but_not_when_all_round_alike(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    packed = FORMATS[QType.Q4_0]
+    right = packed.dequantize
+    monkeypatch.setattr(packed, "dequantize", lambda self: right(self) * 1.01)
+    jax.clear_caches()  # what is compiled has the right scale
+    try:
+        found = distances(tiny_llama(**MATRIX["Q4_0"]), "Q4_0")
+    finally:
+        jax.clear_caches()
+    assert found.distance is not None
+    assert found.rounding is not None
+    assert found.left is not None
+    assert found.distance.max() <= EXPLAINED * found.rounding.max()
+    assert np.median(found.left) > 1000 * ALIKE
 
 
 def test_every_file_is_compared_with_llama_cpp_or_has_a_reason_not_to_be():
