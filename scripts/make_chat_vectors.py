@@ -1,13 +1,15 @@
 """Write tests/data/chat_vectors.json.gz: what transformers renders from chat templates.
 
     pip install transformers==5.23.0
-    python scripts/make_chat_vectors.py TEMPLATES
+    python scripts/make_chat_vectors.py LLAMA_CPP
 
-TEMPLATES is the folder with llama.cpp's *.jinja: vendor/llama.cpp/models/templates in the source
-distribution of llama-cpp-python (the committed file: 0.3.36).
+LLAMA_CPP is llama.cpp's source: vendor/llama.cpp in the source distribution of llama-cpp-python
+(the committed file: 0.3.36). The templates are its models/templates/*.jinja and those inside its
+tests/test-chat-template.cpp.
 
-The file holds, as JSON, `conversations`, a list of messages and other variables, and `renderings`:
-template name -> for each conversation the SHA-256 of the text, or null where an error came out.
+The file holds, as JSON, `conversations`, a list of messages and other variables; `renderings`,
+template name -> for each conversation the SHA-256 of the text, or null where an error came out; and
+`templates`, name -> source of those that are no file.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,16 @@ def conversations() -> list[dict[str, Any]]:
         "name": "get_weather",
         "content": '{"t": 20}',
     }
+    told = "You are a helpful assistant"
+    talk = ("Hello", "Hi there", "Who are you", "   I am an assistant   ", "Another question")
+    old_tool = {
+        "name": "get_weather",
+        "description": "Get weather",
+        "parameter_definitions": {
+            "city": {"description": "City", "type": "str", "required": True},
+            "n": {"description": "Days", "type": "int", "required": False},
+        },
+    }
     odd = "what's <x> & 'y' \n\n \U0001f642 \u4e2d\u6587?"
     return [
         {"messages": said("hi")},
@@ -83,7 +96,33 @@ def conversations() -> list[dict[str, Any]]:
         {"messages": [*said("weather?"), answer, result], "tools": [TOOL]},
         {"messages": said("hi"), "enable_thinking": False},
         {"messages": said("a", "x", "b", "y", "c")},
+        {"messages": said(*talk, system=told)},
+        {
+            "messages": said(*talk),
+            "additional_special_tokens": ["<|a|>", "<|b|>", "<|c|>", "<|d|>"],
+        },
+        {"messages": said("hi", "hello", "bye"), "functions": json.dumps([TOOL])},
+        {"messages": said("hi", system=told), "tools": [old_tool | TOOL["function"]]},
+        {
+            "messages": [
+                *said("Weather?", system=told),
+                {"role": "assistant_tool_call", "content": '[{"name": "get_weather"}]'},
+                {"role": "tool_response", "content": '{"temperature": 72}'},
+            ]
+        },
     ]
+
+
+def inline_templates(source: str) -> dict[str, str]:
+    """Name -> template of the cases in the source text of test-chat-template.cpp."""
+    literal = r'"((?:[^"\\]|\\.)*)"'
+    name, text = r"/\* \.name\s*=? ?\*/ ", r"/\* \.template_str\s*=? ?\*/ (?:U8C\()?"
+    pattern = rf"{name}{literal},\s*(?://[^\n]*\s*)*{text}{literal}"
+    # A literal of C++ is one of JSON but for the apostrophe and the tab.
+    return {
+        "inline: " + name: json.loads('"' + text.replace("\\'", "'").replace("\t", "\\t") + '"')
+        for name, text in re.findall(pattern, source)
+    }
 
 
 def rendering(source: str, conversation: dict[str, Any]) -> str | None:
@@ -100,18 +139,22 @@ def rendering(source: str, conversation: dict[str, Any]) -> str | None:
 def main() -> int:
     """Write the file."""
     parser = argparse.ArgumentParser(description="Make the chat templates' test vectors.")
-    parser.add_argument("templates", type=Path)
+    parser.add_argument("llama_cpp", type=Path)
     default = Path(__file__).parent.parent / "tests" / "data" / "chat_vectors.json.gz"
     parser.add_argument("-o", "--output", type=Path, default=default)
     args = parser.parse_args()
 
+    paths = sorted((args.llama_cpp / "models" / "templates").glob("*.jinja"))
+    inline = inline_templates((args.llama_cpp / "tests" / "test-chat-template.cpp").read_text())
+    sources = {path.name: path.read_text("utf-8") for path in paths} | inline
     document = {
         "variables": FIXED,
         "conversations": conversations(),
         "renderings": {
-            path.name: [rendering(path.read_text("utf-8"), chat) for chat in conversations()]
-            for path in sorted(args.templates.glob("*.jinja"))
+            name: [rendering(source, chat) for chat in conversations()]
+            for name, source in sources.items()
         },
+        "templates": inline,
     }
     data = json.dumps(document, separators=(",", ":")).encode()
     # mtime=0: the same content gives the same file.

@@ -1,14 +1,18 @@
-"""Write tests/goldens/reference.json: logits that llama.cpp computes for tiny float32 models.
+"""Write tests/goldens/*.json: logits that llama.cpp computes for tiny models.
 
-They prove the tests' own reference right, so they change only when a case is added. Needs
-llama-cpp-python besides what the tests need; all computations in it are in float32 here: the
-weights, the key-value cache, and attention without flash kernels.
+`reference.json` is of float32 models and proves the tests' own reference right; `matrix.json` is of
+the files of tests/matrix.py that llama.cpp can run, most of them quantized. They change only when a
+case is added. Needs llama-cpp-python besides what the tests need; all computations in it are in
+float32 here, the key-value cache and attention without flash kernels, but for the products with
+quantized weights, before which it rounds the activations.
 
     python scripts/make_reference_goldens.py
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import sys
 import tempfile
@@ -20,9 +24,10 @@ from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImpor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import matrix
 import tiny
 
-GOLDENS = Path(tiny.__file__).parent / "goldens" / "reference.json"
+GOLDENS = Path(tiny.__file__).parent / "goldens"
 
 _SCALING = "llama.rope.scaling."
 _YARN = {
@@ -73,10 +78,11 @@ CASES: dict[str, dict[str, Any]] = {
 TOKENS = np.random.default_rng(0).integers(3, 384, 48).tolist()
 POSITIONS = [0, 1, 17, 47]
 IDS = [0, 1, 2, 77, 150, 222, 300, 383]
+MATRIX_IDS = [0, 1, 2, 77, 150, 222, 300, 388]
 
 
-def llama_cpp_logits(path: Path) -> np.ndarray:
-    """Logits float32 [T, V] for TOKENS."""
+def llama_cpp_logits(path: Path, tokens: list[int]) -> np.ndarray:
+    """Logits float32 [T, V] after each token."""
     model = Llama(
         str(path),
         n_ctx=64,
@@ -87,16 +93,17 @@ def llama_cpp_logits(path: Path) -> np.ndarray:
         type_v=GGML_TYPE_F32,
         verbose=False,
     )
-    model.eval(TOKENS)
-    return model.scores[: len(TOKENS)].copy()
+    model.eval(tokens)
+    return model.scores[: len(tokens)].copy()
 
 
-def main() -> None:
-    """Compute every case and write the file."""
+def write_reference() -> None:
+    """Compute the float32 models."""
     cases = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, options in CASES.items():
-            logits = llama_cpp_logits(tiny.write_tiny_llama(Path(folder) / "tiny.gguf", **options))
+            path = tiny.write_tiny_llama(Path(folder) / "tiny.gguf", **options)
+            logits = llama_cpp_logits(path, TOKENS)
             few = logits[np.ix_(POSITIONS, IDS)]
             # Eight digits are more than float32 has.
             cases[name] = {
@@ -105,14 +112,33 @@ def main() -> None:
                 "largest": logits[POSITIONS].argmax(axis=1).tolist(),
             }
             print(f"{name:24} {few[-1, :4]}")
-    GOLDENS.parent.mkdir(exist_ok=True)
     lines = [f'"{name}": {json.dumps(case)}' for name, case in cases.items()]  # one line a case
-    GOLDENS.write_text(
+    (GOLDENS / "reference.json").write_text(
         f'{{"tokens": {TOKENS},\n"positions": {POSITIONS},\n"ids": {IDS},\n"cases": {{\n'
         + ",\n".join(lines)
         + "\n}}\n"
     )
 
 
+def write_matrix() -> None:
+    """Compute the files of the matrix: a hash of the file, and little-endian float32 [T, ids]."""
+    cases = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in matrix.MATRIX.items():
+            if name in matrix.NOT_IN_LLAMA_CPP:
+                continue
+            path = tiny.write_tiny_llama(Path(folder) / "tiny.gguf", **options)
+            few = llama_cpp_logits(path, matrix.TOKENS)[:, MATRIX_IDS]
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            logits = base64.b64encode(few.astype("<f4").tobytes()).decode()
+            cases[name] = {"sha256": digest, "logits": logits}
+            print(f"{name:24} {few[-1, :4]}")
+    lines = [f'"{name}": {json.dumps(case)}' for name, case in cases.items()]
+    body = ",\n".join(lines)
+    (GOLDENS / "matrix.json").write_text(f'{{"ids": {MATRIX_IDS},\n"cases": {{\n{body}\n}}}}\n')
+
+
 if __name__ == "__main__":
-    main()
+    GOLDENS.mkdir(exist_ok=True)
+    write_reference()
+    write_matrix()

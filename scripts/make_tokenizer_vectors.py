@@ -178,17 +178,17 @@ def of_forms(rng: random.Random) -> str:
     return rng.choice((str.upper, str.lower, str.title, str.swapcase))(sentence)
 
 
-def make_texts() -> list[str]:
-    """COUNT different texts, shuffled: the first of them are a sample of all kinds."""
-    rng = random.Random(20261124)
+def make_texts(count: int = COUNT, seed: int = 20261124) -> list[str]:
+    """Different texts, shuffled: the first of them are a sample of all kinds."""
+    rng = random.Random(seed)
     kinds: tuple[Callable[[random.Random], str], ...] = (
         *(of_script, of_anything, of_pieces, of_pieces, of_ascii, of_runs, of_forms),
     )
     fixed = ["", " ", "\0", *SENTENCES, *SPECIALS, *SPACES, *(f" {s}" for s in SENTENCES[:20])]
     texts = dict.fromkeys(fixed)
-    while len(texts) < COUNT:
+    while len(texts) < count:
         texts[rng.choice(kinds)(rng)] = None
-    chosen = list(texts)[:COUNT]
+    chosen = list(texts)[:count]
     rng.shuffle(chosen)
     return chosen
 

@@ -146,9 +146,9 @@ class Reference:
             chosen = np.argsort(-probabilities[t], kind="stable")[: self._key("expert_used_count")]
             total = probabilities[t, chosen].sum()
             for e in chosen:
-                gate = x[t] @ self._expert(i, "ffn_gate", e).T
-                up = x[t] @ self._expert(i, "ffn_up", e).T
-                y = (silu(gate) * up) @ self._expert(i, "ffn_down", e).T
+                gate = self._expert(i, "ffn_gate", e, x[t])
+                up = self._expert(i, "ffn_up", e, x[t])
+                y = self._expert(i, "ffn_down", e, silu(gate) * up)
                 out[t] += probabilities[t, e] / total * y
         return out
 
@@ -216,15 +216,19 @@ class Reference:
 
     def _linear(self, name: str, x: Float64) -> Float64:
         """x @ w.T, and the bias if the file has one."""
-        y = x @ self._weight(f"{name}.weight").T
+        y = self._product(x, f"{name}.weight")
         return y + self._weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
 
-    def _expert(self, i: int, name: str, e: int) -> Float64:
-        """Matrix of one expert, from the merged tensor or, in older files, from its own."""
+    def _expert(self, i: int, name: str, e: int, x: Float64) -> Float64:
+        """x @ w.T of one expert, from the merged tensor or, in older files, from its own."""
         merged = f"blk.{i}.{name}_exps.weight"
         if merged in self.tensors:
-            return self._weight(merged)[e]
-        return self._weight(f"blk.{i}.{name}.{e}.weight")
+            return self._product(x, merged, e)
+        return self._product(x, f"blk.{i}.{name}.{e}.weight")
+
+    def _product(self, x: Float64, name: str, e: int | None = None) -> Float64:
+        weight = self._weight(name)
+        return x @ (weight if e is None else weight[e]).T
 
     def _weight(self, name: str) -> Float64:
         if name in self._weights:

@@ -1,4 +1,4 @@
-"""forward is the float64 reference for every kind of file, and keeps its laws in every use.
+"""forward is the float64 reference, and keeps its laws in every use.
 
 Most laws use one small model of two layers, whose vocabulary (389) and feed-forward (96) are odd
 sizes and whose two query heads share a key-value head.
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
+from matrix import SMALL, V
 from qllama_jax import model as module
 from reference import Past, Reference
 from tiny import write_tiny_llama
@@ -27,9 +28,7 @@ FLOAT32 = 1e-5
 # The same computation in another order of sums.
 ROUNDING = 2e-6
 
-D, V = 64, 389
-SMALL: dict[str, Any] = {"embed": D, "ffn": 96, "heads": 4, "kv_heads": 2, "vocab": V}
-B, T, S = 3, 8, 32
+D, B, T, S = SMALL["embed"], 3, 8, 32
 
 Array = np.ndarray
 Hook = Callable[[str, Array], Array]
@@ -103,80 +102,7 @@ def errors(found: Any, wanted: Any) -> Array:
     return np.abs(found - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)
 
 
-# forward = reference, for every kind of file
-
-FORMATS = (
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"),
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
-    *("TQ1_0", "TQ2_0", "Q1_0", "MXFP4", "NVFP4"),
-)
-LLAMA3 = {"llama.rope.freq_base": 500_000.0}
-YARN = {
-    "llama.rope.scaling.type": "yarn",
-    "llama.rope.scaling.factor": 4.0,
-    "llama.rope.scaling.original_context_length": 64,
-}
-LONGROPE = {
-    "llama.rope.scaling.type": "longrope",
-    "llama.rope.scaling.attn_factor": 1.19,
-    "llama.rope.scaling.original_context_length": 64,
-}
-LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "tied": {"tied": True},
-    "multi_head": {"kv_heads": 4},
-    "multi_query": {"kv_heads": 1},
-    "long_heads": {"head_dim": 32},
-    "short_heads": {"head_dim": 8},
-    "partly_rotated": {"metadata": {"llama.rope.dimension_count": 8}},
-    "biases": {"biases": True},
-    "rope_freqs": {"rope_freqs": True, "metadata": LLAMA3},
-    "linear": {"metadata": LINEAR},
-    "yarn": {"metadata": YARN},
-    "longrope_long": {"longrope": True, "metadata": LONGROPE},
-    "longrope_short": {"longrope": True, "metadata": LONGROPE, "context_length": 64},
-    "fused": {"fused_qkv": True, "seed": 1},
-    "fused_with_biases": {"fused_qkv": True, "biases": True},
-    "experts": {"experts": 4, "experts_used": 2},
-    "experts_apart": {"experts": 4, "experts_used": 2, "merged": False, "seed": 1},
-    "top_1": {"experts": 8, "experts_used": 1},
-    "all_experts": {"experts": 3, "experts_used": 3},
-    "one_expert": {"seed": 2, "metadata": {"llama.expert_count": 1}},
-    "large_eps": {"metadata": {"llama.attention.layer_norm_rms_epsilon": 0.5}},
-    "three_layers": {"layers": 3},
-}
-
-
-def assert_forward_is_reference(path: Path, count: int = 24) -> None:
-    model, reference = ql.load(path), Reference(path)
-    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, count)
-    cache = ql.init_cache(model.config, 1, count + 8)
-    inputs = jnp.asarray(tokens[None], jnp.int32)
-    logits, cache = ql.forward(model.params, inputs, cache, config=model.config)
-    assert cache.lengths.tolist() == [count]
-    assert errors(logits[0], reference.logits(tokens)).max() <= FLOAT32
-
-
-@pytest.mark.parametrize("qtype", FORMATS)
-def test_forward_equals_the_float64_reference_for_every_format(
-    tiny_llama: Callable[..., Path], qtype: str
-):
-    assert_forward_is_reference(tiny_llama(qtype, layers=1, vocab=V))
-
-
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_forward_equals_the_float64_reference_for_every_variant(
-    tiny_llama: Callable[..., Path], options: dict[str, Any]
-):
-    assert_forward_is_reference(tiny_llama("Q4_0", **SMALL | {"layers": 1} | options))
-
-
-def test_every_variant_gives_logits_of_its_own(tiny_llama: Callable[..., Path]):
-    plain = Reference(tiny_llama("Q4_0", **SMALL, layers=1)).logits(range(24))
-    for name, options in VARIANTS.items():
-        other = Reference(tiny_llama("Q4_0", **SMALL | {"layers": 1} | options)).logits(range(24))
-        assert np.abs(other - plain).max() > 0.02, name
+# forward = reference, for every row; for every kind of file in test_matrix.py
 
 
 def test_every_row_of_a_batch_equals_the_reference(small: Small):
