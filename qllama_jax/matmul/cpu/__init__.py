@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from qllama_jax.matmul import Activations, register, xla
@@ -22,19 +21,21 @@ __all__ = ["LAYOUTS", "CPUWeight", "pack"]
 def _(w: CPUWeight, x: Float[Array, "*batch in"], activations: Activations) -> Array:
     *batch, width = x.shape
     rows = x.reshape(-1, width)
-    if w.layout.words and activations != "float":
-        y = _int8(rows, w, activations == "int8x2")
-    else:
-        if w.format == "Q8_0":  # the others are floats in the file, which meet float activations
+    B = rows.shape[0]
+    if not w.layout.words:
+        # These have no integer kernel to gain from. Numbers that are floats in the file meet float
+        # activations.
+        if w.format == "Q8_0":
             rows = xla.round_activations(rows, activations)
-        y = _float(rows, w)
+        y = _few_rows(rows, w) if 0 < B <= float_kernel.MOST_ROWS else _tiles(rows, w)
+    elif activations == "float":
+        y = _tiles(rows, w)
+    else:
+        y = _rounded(rows, w, activations == "int8x2")
     return y.reshape(*batch, w.out)
 
 
-def _float(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
-    B, _ = x.shape
-    if not w.layout.words and 0 < B <= float_kernel.MOST_ROWS:
-        return _few_rows(x, w)
+def _tiles(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
     return xla.matmul_rows(x, w, jnp.int32(0), w.padded)[:, : w.out]
 
 
@@ -44,11 +45,11 @@ def _few_rows(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _int8(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float[Array, "B out"]:
+def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float[Array, "B out"]:
     B, _ = x.shape
-    if B == 0:
-        return jnp.zeros((0, w.out), x.dtype)
-    return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
+    if 0 < B <= int8_kernel.most_rows(w.layout):
+        return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
+    return _tiles(int8_kernel.round_activations(x, w.layout, with_residual), w)
 
 
 def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B in"], None]:
@@ -58,7 +59,7 @@ def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B
 
 
 _few_rows.defvjp(lambda x, w: (_few_rows(x, w), w), _pull_back)
-_int8.defvjp(
-    lambda x, w, with_residual: (_int8(x, w, with_residual), w),
+_rounded.defvjp(
+    lambda x, w, with_residual: (_rounded(x, w, with_residual), w),
     lambda _, w, dy: _pull_back(w, dy),
 )

@@ -34,13 +34,13 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight) -> Float32[Array, "B out"]:
 
     # Each number is taken out of the whole in one step: XLA copies a slice that others are taken of.
     words = split(w.words)
-    columns = split(fence(x.astype(jnp.float32).T.reshape(G, GROUP, B)))
+    columns = split(fence(x.astype(jnp.float32).reshape(B, G, GROUP).swapaxes(0, 1)))
     y = np.float32(0)
     for i in range(count):
         chains: list[Array | np.float32] = [np.float32(0)] * CHAINS
         for j in range(GROUP):
             numbers = words[:, i, :, None, j].astype(jnp.float32)
-            chains[j % CHAINS] += numbers * columns[:, i, None, j, :, None]
+            chains[j % CHAINS] += numbers * columns[:, i, None, :, j, None]
         total = sum(chains[1:], chains[0])
         if w.scale is not None:
             total = total * split(w.scale)[:, i, :, None].astype(jnp.float32)
