@@ -15,7 +15,7 @@ from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
-MOST_ROWS = 4
+MOST_ROWS = 12
 # Sums that run side by side: in a single one each addition waits for the one before it.
 CHAINS = 4
 # Groups that are summed before they are stored.

@@ -31,7 +31,7 @@ MOST_GROUPS = 8
 class Rounded(NamedTuple):
     """Activations as the kernel wants them; P is 2 B with a residual, else B."""
 
-    factors: Array  # uint16[G, fields, P]: what each field's word is multiplied by
+    factors: Array  # uint16[G, P, fields]: what each field's word is multiplied by
     start: Array  # uint16[G, P]: what takes the integers' middle out
     step: Array  # float32[G, B]
     total: Array  # float32[G, B]: the sum of the group's rounded x
@@ -108,7 +108,7 @@ def _round(x: Float[Array, "B in"], layout: Layout, with_residual: bool, fence: 
     of = layout.factors
     factors = integers[..., of.weight] * of.unit - integers[..., of.before] * of.carry
     return Rounded(
-        factors=factors.transpose(1, 2, 0).astype(jnp.uint16),
+        factors=factors.transpose(1, 0, 2).astype(jnp.uint16),
         start=(-layout.middle * sums).T.astype(jnp.uint16),
         step=step.T,
         total=(step * total).T,
@@ -148,7 +148,7 @@ def _integer_sums(w: CPUWeight, x: Rounded) -> Int16[Array, "G tiles P lanes"]:
     for i, (word, bit) in enumerate(zip(of.word.tolist(), of.bit.tolist(), strict=True)):
         words = w.words[:, :, None, word]
         shifted = words >> np.uint16(bit) if bit else words
-        sums = sums + shifted * x.factors[:, None, i, :, None]
+        sums = sums + shifted * x.factors[:, None, :, i, None]
     return sums.astype(jnp.int16)
 
 
