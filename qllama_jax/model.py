@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,8 +134,7 @@ def hidden_states(
     for i, block in enumerate(params.blk):
         arguments = (block, x, cache.k[i], cache.v[i], cos_sin, positions, count)
         if tap is None and not capture:
-            with set_xla_metadata(inlineable="false"):
-                x, k, v, routing = _shared_block(*arguments, config=config, activations=activations)
+            x, k, v, routing = _call_block(*arguments, config=config, activations=activations)
         else:
             probe = _probe(f"blk.{i}.", tap, frozenset(capture), aux)
             x, k, v, routing = run_block(
@@ -223,9 +223,21 @@ def run_block(
     return x, k_cache, v_cache, routing
 
 
-# Layers of equal shapes and formats share one trace and one computation of the lowered module:
-# 30 layers lower in a thirtieth of the time.
-_shared_block = jax.jit(run_block, static_argnames=("config", "activations", "probe"))
+@functools.partial(jax.jit, static_argnames=("config", "activations"))
+def _shared_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
+    # The calls within it (`jnp.where` is one) are inlined all the same.
+    with set_xla_metadata(inlineable=None):
+        return run_block(*arguments, config=config, activations=activations)
+
+
+def _call_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
+    """Call `run_block` so that a module of many layers is traced and compiled quickly.
+
+    Layers of equal shapes and formats share one trace and one lowering, and what XLA may not inline
+    it optimizes a layer at a time.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return _shared_block(*arguments, config=config, activations=activations)
 
 
 def _probe(prefix: str, tap: Tap | None, capture: frozenset[str], into: dict[str, Array]) -> Tap:

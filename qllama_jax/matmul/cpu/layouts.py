@@ -45,7 +45,6 @@ class Layout:
     zero: int
     middle: int
     subtracts_minimum: bool = False  # scale (q - zero) - minimum, as the k-quants have it
-    shares_bytes: bool = False  # a scale is the low half of a byte whose high half is a minimum
 
     @property
     def excess(self) -> int:
@@ -153,9 +152,7 @@ LAYOUTS: dict[str, Layout] = {
     "Q4_1": Layout(_NIBBLES, group=32, zero=0, middle=8),
     "Q5_0": Layout(_BITS + _NIBBLES, group=32, zero=16, middle=16),
     "Q5_1": Layout(_BITS + _NIBBLES, group=32, zero=0, middle=16),
-    "Q2_K": Layout(
-        _CRUMBS, group=16, zero=0, middle=0, subtracts_minimum=True, shares_bytes=True
-    ),
+    "Q2_K": Layout(_CRUMBS, group=16, zero=0, middle=0, subtracts_minimum=True),
     "Q3_K": Layout(_THREE_BITS, group=16, zero=4, middle=4),
     "Q4_K": Layout(_NIBBLES, group=32, zero=0, middle=8, subtracts_minimum=True),
     "Q5_K": Layout(_PAIRED_BITS + _NIBBLES, group=32, zero=0, middle=16, subtracts_minimum=True),

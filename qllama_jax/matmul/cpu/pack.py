@@ -166,7 +166,7 @@ def _q2_k(v: Words) -> Arrays:
             word = word | (pairs[..., j, :] << np.uint16(2 * j))
         words[:, :, plane] = word.transpose(0, 2, 3, 1, 4, 5)
     halves = _half(v[:, :, 40]), _half(v[:, :, 41])
-    return Arrays(words.reshape(nb * 16, tiles, 2, lanes), _joined(scales), None, *halves)
+    return Arrays(words.reshape(nb * 16, tiles, 2, lanes), _joined(scales & 15), _joined(scales >> 4), *halves)
 
 
 def _q3_k(v: Words) -> Arrays:

@@ -25,7 +25,8 @@ class CPUWeight:
     A tile is LANES rows; the last one is filled up with zeros. G counts the groups of weights in a
     row (see `Layout`), nb the super-blocks. The scales of sub-blocks are small integers, and half
     floats of the super-block multiply them; formats without super-blocks have half floats alone.
-    Scales of 6 bits take a byte here: 2.3 (Q5_K) to 3.6 % (Q3_K) more than the file has.
+    A scale of 6 or 4 bits takes a byte here, so a k-quant is larger than in the file: Q5_K by 2.3 %,
+    Q4_K 2.8, Q3_K 3.6, Q2_K 19 (whose sums would take twice as long with two scales a byte).
     """
 
     words: Leaf  # uint16[*, G, tiles, n, LANES]; without words int8, float16 or bfloat16, n = 32
@@ -70,13 +71,6 @@ class CPUWeight:
         except (AttributeError, TypeError):  # leaves that are no arrays: inside tree.map
             return f"CPUWeight({self.format}, {self.words!r})"
 
-    @property
-    def scales(self) -> tuple[Array | None, Array | None]:
-        """Scale and minimum of each group, small integers where there are super-blocks."""
-        if self.layout.shares_bytes:
-            return self.scale & np.uint8(15), self.scale >> np.uint8(4)
-        return self.scale, self.minimum
-
     def dequantize(self) -> Float32[Array, "*out in"]:
         """Return the values, bit-equal to those of the format's own `dequantize`."""
         return jnp.swapaxes(self.dequantize_transposed(), -1, -2)
@@ -84,7 +78,7 @@ class CPUWeight:
     def dequantize_transposed(self) -> Float32[Array, "*in out"]:
         """Return the values with rows as columns, which leaves them in the lanes."""
         values = self._integers().astype(jnp.float32) - np.float32(self.layout.zero)
-        scale, minimum = self.scales
+        scale, minimum = self.scale, self.minimum
         if scale is not None:
             scale = _full_scale(scale, self.super_scale)
         if minimum is not None:
