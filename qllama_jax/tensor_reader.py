@@ -22,7 +22,9 @@ Layout = Literal["auto", "file"]
 class TensorReader:
     """Takes tensors out of a file and knows what is left."""
 
-    def __init__(self, file: GGUFFile, check_tensors: bool, progress: Progress | None, layout: Layout) -> None:
+    def __init__(
+        self, file: GGUFFile, check_tensors: bool, progress: Progress | None, layout: Layout
+    ) -> None:
         """`check_tensors` and `progress` as in `load`."""
         self.file = file
         self._left = dict(file.tensors)
@@ -54,7 +56,7 @@ class TensorReader:
         """Weights `[E, out, in]` of E tensors `[out, in]`: one array where all have one format."""
         parts = [self._take(name, shape) for name in names]
         blocks = {block for block, _ in parts}
-        if len(blocks) > 1 or self._for_cpu:
+        if len(blocks) > 1 or any(self._packs(block, shape[-1]) for block in blocks):
             return SeparateExperts(tuple(self._leaf(block, raw) for block, raw in parts))
         return self._leaf(blocks.pop(), np.stack([raw for _, raw in parts]))
 
@@ -69,12 +71,15 @@ class TensorReader:
 
     def _leaf(self, block: type[Block], raw: np.ndarray) -> Leaf:
         """Place weights in the arrangement from which this backend multiplies fastest."""
-        name = block.qtype.name
-        if self._for_cpu and raw.ndim == 3:
+        width = raw.shape[-1] // block.layout.itemsize * block.block_size
+        if not self._packs(block, width):
+            return place(plain_if_f32(block.from_bytes(raw)))
+        if raw.ndim == 3:
             return SeparateExperts(tuple(self._leaf(block, expert) for expert in raw))
-        if self._for_cpu and name in cpu.LAYOUTS:
-            return place(cpu.pack(name, raw))
-        return place(plain_if_f32(block.from_bytes(raw)))
+        return place(cpu.pack(block.qtype.name, raw))
+
+    def _packs(self, block: type[Block], width: int) -> bool:
+        return self._for_cpu and cpu.can_pack(block.qtype.name, width)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], np.ndarray]:
         """Take a tensor out of the file: its format and its bytes."""

@@ -124,7 +124,7 @@ def test_paths_of_params_are_the_tensor_names_and_hold_their_bytes(
     tiny_llama: TinyLlama, options: dict[str, Any]
 ):
     path = tiny_llama(**options)
-    leaves, tensors = leaves_by_name(ql.load(path).params), tensors_of(path)
+    leaves, tensors = leaves_by_name(ql.load(path, layout="file").params), tensors_of(path)
     tensors.pop("rope_freqs.weight", None)
     assert set(leaves) == set(tensors)
     for name, tensor in tensors.items():
@@ -140,7 +140,7 @@ def test_paths_of_params_are_the_tensor_names_and_hold_their_bytes(
 
 
 def test_four_layers_of_a_mixed_file_hold_all_28_formats(tiny_llama: TinyLlama):
-    leaves = leaves_by_name(ql.load(tiny_llama(mixed, layers=4)).params).values()
+    leaves = leaves_by_name(ql.load(tiny_llama(mixed, layers=4), layout="file").params).values()
     found = {leaf.qtype.name for leaf in leaves if isinstance(leaf, Block)}
     assert found == set(FORMATS) - {"F32"}
     assert len(FORMATS) == 28
@@ -217,7 +217,9 @@ def test_leaves_are_as_large_as_the_files_tensors_and_256_bytes_of_rope(
 ):
     path = tiny_llama(qtype=qtype, layers=1, vocab=259)
     in_file = sum(tensor.n_bytes for tensor in tensors_of(path).values())
-    assert nbytes(ql.load(path).params) == in_file + 2 * 4 * 32 + 4  # 32 pairs, and the magnitude
+    assert (
+        nbytes(ql.load(path, layout="file").params) == in_file + 2 * 4 * 32 + 4
+    )  # 32 pairs, and the magnitude
 
 
 def test_leaves_of_smollm2_are_at_most_2_percent_larger_than_its_tensors(smollm2_path: Path):
@@ -350,7 +352,7 @@ def test_a_weight_or_scale_that_is_not_finite_is_refused_unless_checks_are_off(
     assert f"[255, {512 // values - 1}]" in message
     assert qtype in message
 
-    leaf = leaves_by_name(ql.load(path, check_tensors=False).params)[name]
+    leaf = leaves_by_name(ql.load(path, check_tensors=False, layout="file").params)[name]
     raw = leaf.to_bytes() if isinstance(leaf, Block) else np.asarray(leaf)
     assert raw.tobytes() == tensors_of(path)[name].data.tobytes()
 
@@ -364,7 +366,9 @@ def test_a_vector_that_is_not_finite_is_refused_unless_checks_are_off(
     base = tiny_llama("Q8_0", biases=True)
     path = patched(base, tmp_path / "a.gguf", name, 4 * 17, number(np.nan, "<f4"))
     assert refused(path).startswith(f"tensor {name!r}: 1 of its 256 F32 ")
-    leaf = np.asarray(leaves_by_name(ql.load(path, check_tensors=False).params)[name])
+    leaf = np.asarray(
+        leaves_by_name(ql.load(path, check_tensors=False, layout="file").params)[name]
+    )
     assert np.flatnonzero(np.isnan(leaf)).tolist() == [17]
 
 
@@ -374,7 +378,7 @@ def test_any_finite_bits_are_accepted(tiny_llama: TinyLlama, tmp_path: Path, qty
     name = "blk.0.ffn_down.weight"
     base = tiny_llama(qtype=qtype, layers=1, vocab=259)
     path = patched(base, tmp_path / "a.gguf", name, 0, raw.tobytes())
-    leaf = leaves_by_name(ql.load(path).params)[name]
+    leaf = leaves_by_name(ql.load(path, layout="file").params)[name]
     found = leaf.to_bytes() if isinstance(leaf, Block) else np.asarray(leaf)
     assert found.tobytes() == raw.tobytes()
 

@@ -30,15 +30,28 @@ ROUNDING = 2e-6
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ql.Model:
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_tiny_llama
 
-    return ql.load(write_tiny_llama(tmp_path_factory.mktemp("moe") / "a.gguf", "Q8_0", **MIXTURE))
+    return write_tiny_llama(tmp_path_factory.mktemp("moe") / "a.gguf", "Q8_0", **MIXTURE)
 
 
 @pytest.fixture(scope="module")
-def block(model: ql.Model) -> MoEBlock:
+def model(path: Path) -> ql.Model:
+    """Experts stacked as in the file."""
+    return ql.load(path, layout="file")
+
+
+@pytest.fixture(scope="module")
+def stacks(model: ql.Model) -> MoEBlock:
     (block,) = model.params.blk
+    assert isinstance(block, MoEBlock)
+    return block
+
+
+@pytest.fixture(scope="module", params=["file", "auto"])
+def block(path: Path, request: pytest.FixtureRequest) -> MoEBlock:
+    (block,) = ql.load(path, layout=request.param).params.blk
     assert isinstance(block, MoEBlock)
     return block
 
@@ -205,9 +218,9 @@ def test_the_gradient_to_the_input_equals_that_of_the_dense_sum(block: MoEBlock)
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
-def test_every_expert_of_a_stack_multiplies_as_it_does_alone(block: MoEBlock, activations: Any):
+def test_every_expert_of_a_stack_multiplies_as_it_does_alone(stacks: MoEBlock, activations: Any):
     x = inputs(1, 5)[0]
-    stack = block.ffn_gate_exps.weight
+    stack = stacks.ffn_gate_exps.weight
     assert isinstance(stack, Block)
     for e in range(E):
         alone = ql.matmul(
@@ -221,8 +234,8 @@ def test_every_expert_of_a_stack_multiplies_as_it_does_alone(block: MoEBlock, ac
         )
 
 
-def test_operands_that_do_not_fit_an_expert_are_refused(block: MoEBlock):
-    stack = block.ffn_gate_exps.weight
+def test_operands_that_do_not_fit_an_expert_are_refused(stacks: MoEBlock):
+    stack = stacks.ffn_gate_exps.weight
     with pytest.raises(ValueError, match="differ in their last axis"):
         matmul_expert(jnp.zeros((1, D + 32)), stack, jnp.int32(0))
     with pytest.raises(TypeError, match="no matmul_expert is registered for weights of type nd"):
@@ -233,7 +246,7 @@ def test_operands_that_do_not_fit_an_expert_are_refused(block: MoEBlock):
 def test_experts_of_different_formats_equal_the_reference(tiny_llama: TinyLlama, other: str):
     odd = {"blk.0.ffn_down.1.weight": other, "blk.0.ffn_up.3.weight": other}
     path = tiny_llama({"*": "Q8_0", **odd}, **MIXTURE, merged=False)
-    loaded = ql.load(path)
+    loaded = ql.load(path, layout="file")
     (block,) = loaded.params.blk
     assert isinstance(block, MoEBlock)
     down = block.ffn_down_exps.weight

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from qllama_jax.matmul import Activations, matmul, register_expert
 from qllama_jax.quants import Leaf
@@ -26,6 +28,11 @@ class SeparateExperts:
     def shape(self) -> tuple[int, ...]:
         """Logical shape `(E, out, in)`."""
         return (len(self.experts), *self.experts[0].shape)
+
+    def dequantize(self) -> Float32[Array, "E out in"]:
+        """Return the values of all experts."""
+        experts = self.experts
+        return jnp.stack([e if isinstance(e, jax.Array) else e.dequantize() for e in experts])
 
 
 @register_expert

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 from qllama_jax.matmul import Activations, register, xla
 from qllama_jax.matmul.cpu import float_kernel, int8_kernel
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
-from qllama_jax.matmul.cpu.pack import pack
+from qllama_jax.matmul.cpu.pack import can_pack, pack
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
-__all__ = ["LAYOUTS", "CPUWeight", "pack"]
+__all__ = ["LAYOUTS", "CPUWeight", "can_pack", "pack"]
 
 
 @register

@@ -38,9 +38,7 @@ class Rounded(NamedTuple):
     total: Array  # float32[G, B]: the sum of the group's rounded x
 
 
-def multiply(
-    x: Float[Array, "B in"], w: CPUWeight, with_residual: bool
-) -> Float32[Array, "B out"]:
+def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
     """Compute x' @ w.dequantize().T, x' = x rounded to 127 steps of each GROUP's largest value.
 
     Steps are larger where a group's int16 sum might overflow otherwise (`Layout.largest_sum`).
@@ -92,7 +90,9 @@ def round_activations(
     return (step[..., None] * q).reshape(x.shape).astype(x.dtype)
 
 
-def _integers(scaled: Float32[Array, "B G group"], layout: Layout, with_residual: bool) -> list[Array]:
+def _integers(
+    scaled: Float32[Array, "B G group"], layout: Layout, with_residual: bool
+) -> list[Array]:
     q = jnp.round(scaled)
     return [q, jnp.round((scaled - q) * (2 * _residual_steps(layout)))] if with_residual else [q]
 
@@ -100,17 +100,20 @@ def _integers(scaled: Float32[Array, "B G group"], layout: Layout, with_residual
 def _round(x: Float[Array, "B in"], layout: Layout, with_residual: bool, fence: Fence) -> Rounded:
     B, _ = x.shape
     step, scaled = _scale(x.astype(jnp.float32), layout)
-    parts = _integers(scaled, layout, with_residual)
-    integers = fence(jnp.concatenate([part.astype(jnp.int32) for part in parts]))
-    sums = integers.sum(-1)
-    total = sums[:B].astype(jnp.float32)
+    parts = fence(jnp.concatenate(_integers(scaled, layout, with_residual)))
+    sums = parts.sum(-1)
+    total = sums[:B]
     if with_residual:
-        total = total + sums[B:].astype(jnp.float32) * np.float32(0.5 / _residual_steps(layout))
+        total = total + sums[B:] * np.float32(0.5 / _residual_steps(layout))
+    # Integers know no NaN, and neither does XLA's maximum on a CPU (0.10 and 0.12), but sums do.
+    step = step + 0 * total
+    integers = parts.astype(jnp.int32)
     of = layout.factors
-    factors = integers[..., of.weight] * of.unit - integers[..., of.before] * of.carry
+    unit, carry = of.unit[None, None], of.carry[None, None]
+    factors = integers[..., of.weight] * unit - integers[..., of.before] * carry
     return Rounded(
         factors=factors.transpose(1, 0, 2).astype(jnp.uint16),
-        start=(-layout.middle * sums).T.astype(jnp.uint16),
+        start=(-layout.middle * sums).T.astype(jnp.int32).astype(jnp.uint16),
         step=step.T,
         total=(step * total).T,
     )

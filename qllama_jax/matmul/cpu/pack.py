@@ -36,8 +36,13 @@ class Arrays(NamedTuple):
     super_minimum: np.ndarray | None = None
 
 
+def can_pack(format: str, width: int) -> bool:
+    """Whether rows of `width` weights of a format have a packing."""
+    return format in LAYOUTS and width % GROUP == 0
+
+
 def pack(format: str, raw: UInt8[np.ndarray, "out bytes"]) -> CPUWeight:
-    """Reorder rows of a format in `LAYOUTS` into arrays of their own."""
+    """Reorder rows that `can_pack` into arrays of their own."""
     out, _ = raw.shape
     tiles = -(-out // LANES)
     if out % LANES:
@@ -47,7 +52,11 @@ def pack(format: str, raw: UInt8[np.ndarray, "out bytes"]) -> CPUWeight:
     block, block_bytes = BLOCK_SIZES[GGMLQuantizationType[format]]
     struct_bytes = block_bytes * max(1, GROUP // block)
     unit = np.uint8 if format == "Q8_0" else np.uint16
-    view = raw.view(unit).reshape(tiles, LANES, -1, struct_bytes // unit().itemsize).transpose(2, 0, 3, 1)
+    view = (
+        raw.view(unit)
+        .reshape(tiles, LANES, -1, struct_bytes // unit().itemsize)
+        .transpose(2, 0, 3, 1)
+    )
     whole = Arrays(*(_room(a, tiles) for a in reorder(view[:, :1])))
 
     def fill(first: int) -> None:
@@ -86,7 +95,10 @@ def _q4_1(v: Words) -> Arrays:
 
 
 def _q8_0(v: Words) -> Arrays:
-    return Arrays(v[:, :, 2:].view(np.int8), np.ascontiguousarray(v[:, :, :2].swapaxes(2, 3)).view(np.float16)[..., 0])
+    return Arrays(
+        v[:, :, 2:].view(np.int8),
+        np.ascontiguousarray(v[:, :, :2].swapaxes(2, 3)).view(np.float16)[..., 0],
+    )
 
 
 def _f16(v: Words) -> Arrays:
@@ -166,7 +178,9 @@ def _q2_k(v: Words) -> Arrays:
             word = word | (pairs[..., j, :] << np.uint16(2 * j))
         words[:, :, plane] = word.transpose(0, 2, 3, 1, 4, 5)
     halves = _half(v[:, :, 40]), _half(v[:, :, 41])
-    return Arrays(words.reshape(nb * 16, tiles, 2, lanes), _joined(scales & 15), _joined(scales >> 4), *halves)
+    return Arrays(
+        words.reshape(nb * 16, tiles, 2, lanes), _joined(scales & 15), _joined(scales >> 4), *halves
+    )
 
 
 def _q3_k(v: Words) -> Arrays:
@@ -177,11 +191,15 @@ def _q3_k(v: Words) -> Arrays:
     words = np.empty((nb, 2, 4, 2, tiles, 3, lanes), np.uint16)
     for half in range(2):
         for plane in range(4):
-            pairs = _pairs(qs[:, :, half], 2 * plane, 3) | (_pairs(mask, 4 * half + plane, 1) << np.uint16(2))
+            pairs = _pairs(qs[:, :, half], 2 * plane, 3) | (
+                _pairs(mask, 4 * half + plane, 1) << np.uint16(2)
+            )
             six = (pairs & np.uint16(7)) | ((pairs >> np.uint16(5)) & np.uint16(0x38))
             twelve = six[:, :, :, 0::2] | (six[:, :, :, 1::2] << np.uint16(6))
             for j in range(3):
-                word = twelve[:, :, :, j] | ((twelve[:, :, :, 3] >> np.uint16(4 * j)) << np.uint16(12))
+                word = twelve[:, :, :, j] | (
+                    (twelve[:, :, :, 3] >> np.uint16(4 * j)) << np.uint16(12)
+                )
                 words[:, half, plane, :, :, j] = word.swapaxes(1, 2)
     scales = _bytes(v[:, :, 48:54])
     low, high = scales[:, :8], scales[:, 8:]
@@ -198,7 +216,9 @@ def _q6_k(v: Words) -> Arrays:
     qh = v[:, :, 64:96].reshape(nb, tiles, 2, 2, 8, lanes)
     words = np.empty((nb, 2, 4, 2, tiles, 6, lanes), np.uint16)
     for plane in range(4):
-        pairs = _pairs(ql[:, :, :, plane % 2], 4 * (plane // 2), 15) | (_pairs(qh, 2 * plane, 3) << np.uint16(4))
+        pairs = _pairs(ql[:, :, :, plane % 2], 4 * (plane // 2), 15) | (
+            _pairs(qh, 2 * plane, 3) << np.uint16(4)
+        )
         twelve = (pairs & np.uint16(63)) | ((pairs >> np.uint16(2)) & np.uint16(0xFC0))
         for j in range(6):
             extra = twelve[..., 6 + j // 3, :] >> np.uint16(4 * (j % 3))
@@ -209,8 +229,17 @@ def _q6_k(v: Words) -> Arrays:
 
 
 _REORDER: dict[str, Callable[[Words], Arrays]] = {
-    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q4_0, "Q5_1": _q4_1, "Q8_0": _q8_0,
-    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-    "F16": _f16, "BF16": _bf16,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q4_0,
+    "Q5_1": _q4_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "F16": _f16,
+    "BF16": _bf16,
 }
 assert _REORDER.keys() == LAYOUTS.keys()

@@ -78,15 +78,11 @@ class CPUWeight:
     def dequantize_transposed(self) -> Float32[Array, "*in out"]:
         """Return the values with rows as columns, which leaves them in the lanes."""
         values = self._integers().astype(jnp.float32) - np.float32(self.layout.zero)
-        scale, minimum = self.scale, self.minimum
-        if scale is not None:
-            scale = _full_scale(scale, self.super_scale)
-        if minimum is not None:
-            minimum = _full_scale(minimum, self.super_minimum)
-        if scale is not None:
+        if self.scale is not None:
+            scale = _full_scale(self.scale, self.super_scale)
             values = scale[..., None, :] * values
-        if minimum is not None:
-            minimum = minimum[..., None, :]
+        if self.minimum is not None:
+            minimum = _full_scale(self.minimum, self.super_minimum)[..., None, :]
             values = values - minimum if self.layout.subtracts_minimum else values + minimum
         # [*, G, tiles, group, lanes] -> [*, G, group, tiles, lanes]
         values = jnp.swapaxes(values, -3, -2)
@@ -124,7 +120,9 @@ class CPUWeight:
         found = None
         for word, bit, mask, unit in zip(*layout.terms, strict=True):
             words = jnp.take(self.words, word, axis=-2, mode="clip")
-            term = ((words >> bit[:, None]) & mask[:, None]) * unit[:, None]
+            column = (1,) * (words.ndim - 2) + (layout.group, 1)
+            term = (words >> bit.reshape(column)) & mask.reshape(column)
+            term = term * unit.reshape(column)
             found = term if found is None else found + term
         assert found is not None
         return found.astype(jnp.int16)

@@ -1,0 +1,232 @@
+"""A weight packed for a CPU is the same weight, and its kernels multiply as they are defined to."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QType
+
+import qllama_jax as ql
+from blocks import BLOCK_SIZES, blocks_like, dequantize, random_blocks
+from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, pack
+from qllama_jax.matmul.cpu.weight import LANES
+
+every_format = pytest.mark.parametrize("name", list(LAYOUTS))
+IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
+each_in_words = pytest.mark.parametrize("name", IN_WORDS)
+IN = 1024
+
+multiply = jax.jit(ql.matmul, static_argnames="activations")
+
+
+def on_device(name: str, raw: np.ndarray) -> CPUWeight:
+    return jax.tree.map(jnp.asarray, pack(name, raw))
+
+
+@functools.cache
+def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
+    """A weight of normal values, and what it means in float64."""
+    rng = np.random.default_rng(out)
+    raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), QType[name], rng)
+    return on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+
+
+def relative_error(found: Any, wanted: np.ndarray) -> float:
+    difference = np.asarray(found, np.float64) - wanted
+    return float(np.sqrt((difference**2).sum() / (wanted**2).sum()))
+
+
+# The same weight.
+
+
+@every_format
+@pytest.mark.parametrize("out", [1, 16, 37])
+def test_a_packed_weight_dequantizes_to_the_bits_of_gguf_py(name: str, out: int):
+    raw = random_blocks(QType[name], (out, IN), np.random.default_rng(out))
+    w = on_device(name, raw)
+    wanted = dequantize(raw, QType[name])
+    assert w.shape == (out, IN)
+    np.testing.assert_array_equal(jax.jit(lambda w: w.dequantize())(w), wanted)
+    np.testing.assert_array_equal(jax.jit(lambda w: w.dequantize_transposed())(w), wanted.T)
+
+
+@every_format
+def test_rows_looked_up_are_the_dequantized_rows(name: str):
+    w, dense = weight(name)
+    rows = np.array([[3, 99, 0], [16, 15, 3]], np.int32)
+    found = jax.jit(lambda w, rows: w.dequantize_rows(rows))(w, jnp.asarray(rows))
+    np.testing.assert_array_equal(found, dense[rows])
+
+
+@every_format
+def test_packing_takes_no_more_bytes_than_its_scales_need(name: str):
+    rows, width = 4 * LANES, 2048
+    raw = random_blocks(QType[name], (rows, width), np.random.default_rng(0))
+    grows = {"Q2_K": 16, "Q3_K": 4, "Q4_K": 4, "Q5_K": 4}.get(name, 0)  # bytes a super-block
+    assert on_device(name, raw).nbytes == raw.nbytes + rows * width // 256 * grows
+
+
+def test_only_rows_of_whole_groups_can_be_packed():
+    assert can_pack("F16", 64)
+    assert not can_pack("F16", 48)
+    assert not can_pack("IQ4_NL", 64)
+
+
+def test_no_packed_format_is_taken_for_another_with_the_same_arrays():
+    (first, dense), (second, other) = weight("F16"), weight("Q4_1")
+    (third, more) = weight("Q5_1")
+    for w, wanted in ((first, dense), (second, other), (third, more)):
+        np.testing.assert_array_equal(multiply(jnp.eye(IN), w).T, wanted.astype(np.float32))
+    assert jax.tree.structure(second) != jax.tree.structure(third)
+
+
+# The product.
+
+
+@every_format
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 3), (13,), (140,)], ids=str)
+def test_a_float_product_is_that_of_the_dequantized_weight(name: str, batch: tuple[int, ...]):
+    w, dense = weight(name)
+    x = normal(*batch, IN)
+    found = multiply(jnp.asarray(x), w)
+    wanted = x.astype(np.float64) @ dense.T
+    assert found.shape == wanted.shape
+    scale = np.linalg.norm(x, axis=-1)[..., None] * np.linalg.norm(dense, axis=-1)
+    assert (np.abs(np.asarray(found, np.float64) - wanted) <= 2.0**-22 * scale).all()
+
+
+@each_in_words
+@pytest.mark.parametrize("rows", [1, 4, 9, 40, 140])
+@pytest.mark.parametrize("out", [7, 1000])
+def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out: int):
+    w, dense = weight(name, out)
+    x = normal(rows, IN)
+    for activations in ("int8", "int8x2"):
+        with_residual = activations == "int8x2"
+        rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual)
+        wanted = np.asarray(rounded, np.float64) @ dense.T
+        scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+        found = np.asarray(multiply(jnp.asarray(x), w, activations=activations), np.float64)
+        assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
+
+
+@each_in_words
+def test_int8_loses_half_a_percent_and_int8x2_a_hundred_times_less(name: str):
+    w, dense = weight(name)
+    x = normal(5, IN)
+    wanted = x.astype(np.float64) @ dense.T
+    int8 = relative_error(multiply(jnp.asarray(x), w, activations="int8"), wanted)
+    int8x2 = relative_error(multiply(jnp.asarray(x), w, activations="int8x2"), wanted)
+    assert 0.004 <= int8 <= 0.0065
+    assert int8x2 <= int8 / 100
+    np.testing.assert_array_equal(
+        multiply(jnp.asarray(x), w, activations="auto"),
+        multiply(jnp.asarray(x), w, activations="int8"),
+    )
+
+
+def farthest_blocks(name: str, out: int, width: int) -> np.ndarray:
+    """Weights whose integers are as far from their middle as the format has them."""
+    size, nbytes = BLOCK_SIZES[QType[name]]
+    rng = np.random.default_rng(0)
+    values = np.full((out, width), -1.0, np.float32)
+    raw = blocks_like(values, QType[name], rng)
+    extreme = np.zeros((out, width // size, nbytes), np.uint8)  # q = 0, scales as they were
+    template = raw.reshape(extreme.shape)
+    scale_bytes = {
+        "Q4_0": [0, 1], "Q4_1": [0, 1, 2, 3], "Q5_0": [0, 1], "Q5_1": [0, 1, 2, 3],
+        "Q2_K": [*range(16), *range(80, 84)], "Q3_K": range(96, 110), "Q4_K": range(16),
+        "Q5_K": range(16), "Q6_K": range(192, 210),
+    }[name]  # fmt: skip
+    extreme[..., list(scale_bytes)] = template[..., list(scale_bytes)]
+    return extreme.reshape(out, -1)
+
+
+@each_in_words
+@pytest.mark.parametrize("activations", ["int8", "int8x2"])
+def test_no_sum_overflows_where_all_weights_and_activations_are_extreme(
+    name: str, activations: str
+):
+    """|x| as large everywhere as it gets, q at its farthest: the sums that int16 must hold."""
+    raw = farthest_blocks(name, LANES, IN)
+    w, dense = on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
+    for sign in (1, -1):
+        x = np.full((2, IN), sign, np.float32)
+        x[1] *= normal(IN) * 0.01 + 1
+        wanted = x.astype(np.float64) @ dense.T
+        found = np.asarray(multiply(jnp.asarray(x), w, activations=activations), np.float64)
+        assert np.abs(found - wanted).max() <= 0.01 * np.abs(wanted).max() + 1e-6
+
+
+@each_in_words
+@pytest.mark.parametrize("activations", ["int8", "int8x2"])
+def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str, activations: str):
+    w, _ = weight(name)
+    x = normal(4, IN)
+    x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
+    found = np.asarray(multiply(jnp.asarray(x), w, activations=activations))
+    assert not found[0].any()
+    assert not np.isfinite(found[1]).any()
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(found[3]).all()
+
+
+@each_in_words
+def test_a_row_does_not_depend_on_the_rows_beside_it(name: str):
+    w, _ = weight(name)
+    x = normal(200, IN)
+    x[1] *= 1000
+    alone = np.asarray(multiply(jnp.asarray(x[:1]), w, activations="int8"))
+    for rows in (2, 9, 200):
+        found = np.asarray(multiply(jnp.asarray(x[:rows]), w, activations="int8"))
+        assert np.abs(found[:1] - alone).max() <= 2e-6 * np.abs(alone).max()
+
+
+@every_format
+@pytest.mark.parametrize("activations", ["float", "int8", "int8x2"])
+def test_the_gradient_is_that_of_the_exact_product(name: str, activations: Any):
+    w, dense = weight(name)
+    x, g = jnp.asarray(normal(3, IN)), normal(3, 100)
+    gradient = jax.grad(lambda x: (ql.matmul(x, w, activations=activations) * g).sum())(x)
+    assert relative_error(gradient, g.astype(np.float64) @ dense) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0"])
+def test_a_product_under_vmap_is_that_of_each(name: str):
+    w, dense = weight(name)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    assert stacked.shape == (2, 100, IN)
+    x = normal(2, 3, IN)
+    found = jax.jit(jax.vmap(functools.partial(ql.matmul, activations="auto")))(
+        jnp.asarray(x), stacked
+    )
+    assert relative_error(found, x.astype(np.float64) @ dense.T) <= 0.007
+
+
+# What the compiler makes of it.
+
+
+@every_format
+@pytest.mark.parametrize("rows", [1, 4, 140])
+def test_no_weight_is_held_dense(name: str, rows: int):
+    raw = random_blocks(QType[name], (LANES, IN), np.random.default_rng(0))
+    one = pack(name, raw)
+    tiles = 512
+    many = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
+    ).replace(out=tiles * LANES)
+    x = jax.ShapeDtypeStruct((rows, IN), jnp.float32)
+    memory = multiply.lower(x, many, activations="auto").compile().memory_analysis()
+    dense = 4 * IN * tiles * LANES
+    output = 4 * rows * tiles * LANES
+    assert memory is not None
+    assert memory.temp_size_in_bytes - output <= dense / 3
