@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float32, Int32, Key, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 
 from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
@@ -88,10 +88,22 @@ def prefill(
     hidden, cache, _ = hidden_states(
         params, tokens, cache, config=config, lengths=lengths, activations=activations
     )
+    return last_logits(params, hidden, lengths, config=config, activations=activations), cache
+
+
+def last_logits(
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    lengths: Int32[Array, " B"],
+    *,
+    config: ModelConfig,
+    activations: Activations,
+) -> Float32[Array, "B V"]:
+    """Return the logits of each row's last counted token; NaN for a row of length 0."""
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     logits = unembed(params, hidden, config=config, activations=activations)
-    return jnp.where((lengths > 0)[:, None], logits, np.float32(np.nan)), cache
+    return jnp.where((lengths > 0)[:, None], logits, np.float32(np.nan))
 
 
 def start_decoding(

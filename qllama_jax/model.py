@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,26 +113,20 @@ def hidden_states(
         raise ValueError("hidden_states: neither tokens nor inputs_embeds")
     B, T = (tokens if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
     _check_shapes(config, cache, B, T, lengths, inputs_embeds)
-    count = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
-
-    start = cache.lengths
-    bad = (start + count > cache.max_length) | (count < 0) | (count > T)
-    if inputs_embeds is None:
-        assert tokens is not None
-        bad |= _any_outside_vocabulary(tokens, count, config.vocab_size)
-        x = embed(params, tokens)
-    else:
-        x = inputs_embeds
-    count = jnp.where(bad, 0, count)  # nothing of a poisoned row is written
-    start = jnp.minimum(start, cache.max_length)
-    positions = start[:, None] + np.arange(T, dtype=np.int32)[None]
-    with jax.named_scope("rope"):
-        cos_sin = rope_cos_sin(params.rope, positions)
-
+    counts = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
+    x, entry = enter(
+        params,
+        tokens,
+        cache.lengths,
+        counts,
+        config=config,
+        max_length=cache.max_length,
+        inputs_embeds=inputs_embeds,
+    )
     aux: dict[str, Array] = {}
     keys, values = [], []
     for i, block in enumerate(params.blk):
-        arguments = (block, x, cache.k[i], cache.v[i], cos_sin, positions, count)
+        arguments = (block, x, cache.k[i], cache.v[i], entry)
         if tap is None and not capture:
             x, k, v, routing = _call_block(*arguments, config=config, activations=activations)
         else:
@@ -145,12 +139,54 @@ def hidden_states(
         if routing is not None:
             aux[f"blk.{i}.experts"] = routing.experts
             aux[f"blk.{i}.expert_weights"] = routing.weights
-    cache = KVCache(
-        k=tuple(keys),
-        v=tuple(values),
-        lengths=jnp.where(bad, cache.max_length + 1, start + count),
-    )
-    return jnp.where(bad[:, None, None], np.asarray(np.nan, x.dtype), x), cache, aux
+    cache = KVCache(k=tuple(keys), v=tuple(values), lengths=entry.lengths)
+    return leave(x, entry), cache, aux
+
+
+class Entry(NamedTuple):
+    """What the blocks need to know of the tokens that go into them."""
+
+    cos_sin: tuple[Array, Array]  # float32[B, T, pairs] each
+    positions: Array  # int32[B, T]
+    counts: Array  # int32[B]: tokens that are stored; none of a poisoned row
+    lengths: Array  # int32[B]: of the cache after them
+    bad: Array  # bool[B]: poisoned rows
+
+
+def enter(
+    params: Params,
+    tokens: Int32[Array, "B T"] | None,
+    start: Int32[Array, " B"],
+    counts: Int32[Array, " B"],
+    *,
+    config: ModelConfig,
+    max_length: int,
+    inputs_embeds: Float[Array, "B T D"] | None = None,
+) -> tuple[Float[Array, "B T D"], Entry]:
+    """Return the residual stream before the first block, and what the blocks need beside it.
+
+    counts[b] tokens of row b follow start[b] positions of a cache with room for `max_length`.
+    """
+    T = (tokens if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+    bad = (start + counts > max_length) | (counts < 0) | (counts > T)
+    if inputs_embeds is None:
+        assert tokens is not None
+        bad |= _any_outside_vocabulary(tokens, counts, config.vocab_size)
+        x = embed(params, tokens)
+    else:
+        x = inputs_embeds
+    count = jnp.where(bad, 0, counts)  # nothing of a poisoned row is written
+    lengths = jnp.where(bad, max_length + 1, start + counts)
+    start = jnp.minimum(start, max_length)
+    positions = start[:, None] + np.arange(T, dtype=np.int32)[None]
+    with jax.named_scope("rope"):
+        cos_sin = rope_cos_sin(params.rope, positions)
+    return x, Entry(cos_sin, positions, count, lengths, bad)
+
+
+def leave(x: Float[Array, "B T D"], entry: Entry) -> Float[Array, "B T D"]:
+    """Return the residual stream after the last block, NaN in poisoned rows."""
+    return jnp.where(entry.bad[:, None, None], np.asarray(np.nan, x.dtype), x)
 
 
 def embed(params: Params, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -182,9 +218,7 @@ def run_block(
     x: Float[Array, "B T D"],
     k_cache: Float[Array, "B K S H"],
     v_cache: Float[Array, "B K H S"],
-    cos_sin: tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]],
-    positions: Int32[Array, "B T"],
-    count: Int32[Array, " B"],
+    entry: Entry,
     *,
     config: ModelConfig,
     activations: Activations,
@@ -192,11 +226,12 @@ def run_block(
 ) -> tuple[Float[Array, "B T D"], Array, Array, Routing | None]:
     """One transformer block: x + attention(norm(x)), then x + ffn(norm(x)).
 
-    Stores keys and values of the first count[b] tokens of row b at positions[b, 0] onwards and
-    returns the new residual stream, both buffers, and what a router chose. `probe(site, x) -> x`
-    sees every named activation.
+    Stores keys and values of the first entry.counts[b] tokens of row b at entry.positions[b, 0]
+    onwards and returns the new residual stream, both buffers, and what a router chose.
+    `probe(site, x) -> x` sees every named activation.
     """
     B, T, _ = x.shape
+    cos_sin, positions, count = entry.cos_sin, entry.positions, entry.counts
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     x = probe("in", x)
     with jax.named_scope("attn"):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qllama_jax import decoding
+from qllama_jax import decoding, layerwise
 from qllama_jax.cache import KVCache, init_cache, resize_cache
 from qllama_jax.decoding import Chosen, DecodeState, Finish
 from qllama_jax.errors import ContextOverflowError, NumericalError
@@ -35,9 +35,6 @@ DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
 MOST_TOP_LOGPROBS = 1000  # tokens whose log-probabilities one may ask for
 
 # Caches and states belong to one session alone, so they are donated and updated in place.
-_prefill = jax.jit(
-    decoding.prefill, static_argnames=("config", "activations"), donate_argnames="cache"
-)
 _start = jax.jit(decoding.start_decoding, static_argnames="top_logprobs", donate_argnames="cache")
 _decode = jax.jit(
     decoding.decode_many,
@@ -188,7 +185,7 @@ class Session:
             room = power_of_two(begin + width, width)
             if cache.max_length < room:
                 cache = _resize(cache, max_length=room)
-            new, cache = _prefill(
+            new, cache = layerwise.prefill(
                 self.model.params,
                 tokens,
                 counts,

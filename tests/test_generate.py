@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
-from qllama_jax import decoding, session
+from qllama_jax import decoding, layerwise, session
 from qllama_jax.params import Linear
 from reference import Reference
 
@@ -366,7 +366,7 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
     assert int(ran) == 1
 
 
-TRACED = session._prefill, session._start, session._decode
+TRACED = layerwise._enter, layerwise._layer, layerwise._logits, session._start, session._decode
 
 
 def trace_counts() -> tuple[int, ...]:
@@ -404,9 +404,9 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
     model = ql.load(tiny_llama("F32", layers=1, context_length=4096, embed=32, ffn=64, vocab=384))
     traces = {"prefill": [], "decode": []}
 
-    def prefill(params, tokens, lengths, cache, **static):
-        traces["prefill"].append(tokens.shape)
-        return decoding.prefill(params, tokens, lengths, cache, **static)
+    def layer(block, x, *arguments, **static):
+        traces["prefill"].append(x.shape)
+        return layerwise._run_layer(block, x, *arguments, **static)
 
     def decode(params, state, *arguments, **static):
         traces["decode"].append(state.cache.max_length)
@@ -414,7 +414,7 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
 
     static = ("config", "max_steps", "activations", "top_logprobs")
     monkeypatch.setattr(
-        session, "_prefill", jax.jit(prefill, static_argnames=("config", "activations"))
+        layerwise, "_layer", jax.jit(layer, static_argnames=("config", "activations"))
     )
     monkeypatch.setattr(session, "_decode", jax.jit(decode, static_argnames=static))
     rng = np.random.default_rng(0)

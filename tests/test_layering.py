@@ -42,6 +42,7 @@ RUNGS = {
     "model": 5.0,
     "decoding": 6.0,
     "generate_tokens": 6.1,
+    "layerwise": 6.1,
     "session_arguments": 6.1,
     "session": 6.15,
     "row_text": 6.2,

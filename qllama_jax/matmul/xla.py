@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
-
 
 # Values of a dequantized tile: 1 MiB of float32, which stays in a core's L2 cache together with
 # its packed bytes. Larger tiles bring nothing at one row and cost memory.
@@ -29,7 +28,7 @@ GROUP = 32
 class Rows(Protocol):
     """A packed weight `[out, in]` of which a tile of rows can be taken and dequantized."""
 
-    row_unit: int  # tiles begin and end at multiples of so many rows
+    row_unit: ClassVar[int]  # tiles begin and end at multiples of so many rows
 
     @property
     def shape(self) -> tuple[int, ...]:

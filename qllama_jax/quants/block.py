@@ -64,7 +64,7 @@ class Block:
 
     def dequantize_rows(self, rows: Int32[Array, "*rows"]) -> Float32[Array, "*rows in"]:
         """Return `dequantize()[rows]`; only those rows are read."""
-        return take(self, rows).dequantize()
+        return jax.tree.map(lambda leaf: leaf[rows], self).dequantize()
 
     def not_finite(self) -> dict[str, Bool[np.ndarray, ...]]:
         """Return by field which of its numbers are NaN or infinite; for blocks of numpy arrays.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from qllama_jax.matmul.cpu.fence import fence_for
@@ -32,7 +31,7 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight) -> Float32[Array, "B out"]:
     def split(leaf: Array) -> Array:
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
-    # Each number is taken out of the whole in one step: XLA copies a slice that others are taken of.
+    # Each number is taken out of the whole in one step: XLA copies what many slices are taken of.
     words = split(w.words)
     columns = split(fence(x.astype(jnp.float32).reshape(B, G, GROUP).swapaxes(0, 1)))
     y = np.float32(0)

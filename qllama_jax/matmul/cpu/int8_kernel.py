@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int16, Int32, UInt16
+from jaxtyping import Array, Float, Float32, Int16
 
 from qllama_jax.matmul.cpu.fence import Fence, fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP, INT8_MAX, Layout
@@ -182,7 +181,7 @@ def _scaled_sums(
     def nth(leaf: Array, run: int) -> Array:
         return leaf.reshape(G // count, runs, count // runs, *leaf.shape[1:])[:, run]
 
-    y = z = np.float32(0)
+    y = z = jnp.float32(0)
     for run in range(runs):
         exact = nth(sums, run).astype(jnp.float32)
         if rows > B:

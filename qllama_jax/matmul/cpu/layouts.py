@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 INT16_MAX = 2**15 - 1
 INT8_MAX = 127
 GROUP = 32  # activations that share a step, as in ggml's block_q8_0

@@ -57,7 +57,7 @@ def pack(format: str, raw: UInt8[np.ndarray, "out bytes"]) -> CPUWeight:
         .reshape(tiles, LANES, -1, struct_bytes // unit().itemsize)
         .transpose(2, 0, 3, 1)
     )
-    whole = Arrays(*(_room(a, tiles) for a in reorder(view[:, :1])))
+    whole = [None if a is None else _room(a, tiles) for a in reorder(view[:, :1])]
 
     def fill(first: int) -> None:
         part = slice(first, first + step)
@@ -71,9 +71,7 @@ def pack(format: str, raw: UInt8[np.ndarray, "out bytes"]) -> CPUWeight:
     return CPUWeight(*whole, format=format, out=out)
 
 
-def _room(like: np.ndarray | None, tiles: int) -> np.ndarray | None:
-    if like is None:
-        return None
+def _room(like: np.ndarray, tiles: int) -> np.ndarray:
     groups, _, *rest = like.shape
     shape = (groups, tiles, *rest)
     size = int(np.prod(shape)) * like.itemsize

@@ -25,8 +25,8 @@ class CPUWeight:
     A tile is LANES rows; the last one is filled up with zeros. G counts the groups of weights in a
     row (see `Layout`), nb the super-blocks. The scales of sub-blocks are small integers, and half
     floats of the super-block multiply them; formats without super-blocks have half floats alone.
-    A scale of 6 or 4 bits takes a byte here, so a k-quant is larger than in the file: Q5_K by 2.3 %,
-    Q4_K 2.8, Q3_K 3.6, Q2_K 19 (whose sums would take twice as long with two scales a byte).
+    A scale of 6 or 4 bits takes a byte here, so a k-quant is larger than in the file: Q5_K by
+    2.3 %, Q4_K 2.8, Q3_K 3.6, Q2_K 19 (with two scales a byte its sums take twice as long).
     """
 
     words: Leaf  # uint16[*, G, tiles, n, LANES]; without words int8, float16 or bfloat16, n = 32
