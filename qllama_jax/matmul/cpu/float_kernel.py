@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 
 from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP
-from qllama_jax.matmul.cpu.weight import CPUWeight
+from qllama_jax.matmul.cpu.weight import CPUWeight, as_float
 
 MOST_ROWS = 12
 # Sums that run side by side: in a single one each addition waits for the one before it.
@@ -38,7 +38,7 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight) -> Float32[Array, "B out"]:
     for i in range(count):
         chains: list[Array | np.float32] = [np.float32(0)] * CHAINS
         for j in range(GROUP):
-            numbers = words[:, i, :, None, j].astype(jnp.float32)
+            numbers = as_float(words[:, i, :, None, j])
             chains[j % CHAINS] += numbers * columns[:, i, None, :, j, None]
         total = sum(chains[1:], chains[0])
         if w.scale is not None:

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from jaxtyping import UInt8
 
 from qllama_jax.matmul.cpu.layouts import GROUP, LAYOUTS
-from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
+from qllama_jax.matmul.cpu.weight import LANES, TAKES_BFLOAT16, CPUWeight
 from qllama_jax.tensor_types import BLOCK_SIZES
 
 # Words of some rows: uint16[nb, tiles, words of a block, LANES], a view of the file's bytes.
@@ -104,7 +104,7 @@ def _f16(v: Words) -> Arrays:
 
 
 def _bf16(v: Words) -> Arrays:
-    return Arrays(v.view(ml_dtypes.bfloat16))
+    return Arrays(v.view(ml_dtypes.bfloat16) if TAKES_BFLOAT16 else v)
 
 
 def _pairs(words: Words, shift: int, mask: int) -> Words:
