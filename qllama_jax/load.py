@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def load(
     layout: Layout = "auto",
     progress: Progress | None = None,
 ) -> Model:
-    """Load a Llama GGUF file; weights go to the default device packed as they are in the file.
+    """Load a Llama GGUF file; weights go to the default device, packed.
 
     GGML, GGMF and GGJT files, from before GGUF, are loaded alike.
 
@@ -78,8 +79,10 @@ def load(
     Raises:
         GGUFError: the file is damaged, of another architecture, has a tensor too few, too many or
             of another shape than its metadata say, or a weight that is not finite.
-        ValueError: `gqa` is given for a GGUF file.
+        ValueError: `gqa` is given for a GGUF file, or `layout` is none of the two.
     """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r}: expected one of {get_args(Layout)}")
     file = read_model_file(path, gqa=gqa)
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None

@@ -119,6 +119,15 @@ def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out:
         assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
 
 
+@pytest.mark.parametrize("activations", ["int8", "int8x2", "auto"])
+def test_no_rows_give_no_rows(activations: Any):
+    w, _ = weight("Q4_0")
+    x = jnp.zeros((2, 0, IN))
+    assert multiply(x, w, activations=activations).shape == (2, 0, 100)
+    gradient = jax.grad(lambda x: ql.matmul(x, w, activations=activations).sum())(x)
+    assert gradient.shape == x.shape
+
+
 @each_in_words
 def test_int8_loses_half_a_percent_and_int8x2_a_hundred_times_less(name: str):
     w, dense = weight(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,12 @@ def test_four_layers_of_a_mixed_file_hold_all_28_formats(tiny_llama: TinyLlama):
     found = {leaf.qtype.name for leaf in leaves if isinstance(leaf, Block)}
     assert found == set(FORMATS) - {"F32"}
     assert len(FORMATS) == 28
+
+
+def test_an_unknown_layout_is_refused_by_name(tiny_llama: TinyLlama):
+    unchecked: Any = inspect.unwrap(ql.load)  # types are checked in tests alone
+    with pytest.raises(ValueError, match=r"layout='Auto': expected one of \('auto', 'file'\)"):
+        unchecked(tiny_llama("Q8_0"), layout="Auto")
 
 
 def test_float32_matrices_are_plain_arrays(tiny_llama: TinyLlama):

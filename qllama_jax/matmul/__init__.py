@@ -31,8 +31,9 @@ def matmul(
         activations: how x enters the product with a packed weight. "float" as it is; "int8" rounded
             to 127 steps of the largest magnitude in each 32 values, as llama.cpp and candle do on a
             CPU; "int8x2" with the rounding error added as a second int8, 1/254 of a step; "auto"
-            what is fastest for the leaf type: "float" for a `Block`, "int8" for a weight packed for
-            a CPU, whose steps may be larger (see `matmul.cpu.layouts.Layout.largest_sum`).
+            what is fastest for the leaf type: "float" for a `Block`, "int8" for integers of up to 6
+            bits packed for a CPU. With those, steps may be larger and the second int8 1/126 of a
+            step (see `matmul.cpu.layouts.Layout.largest_sum`).
 
     Returns:
         `[*batch, out]` in the dtype of x.

@@ -70,7 +70,7 @@ def _residual_steps(layout: Layout) -> int:
 
 
 def most_rows(layout: Layout) -> int:
-    """Rows of x from which on dequantized tiles in float32 are faster than this kernel.
+    """Rows of x above which dequantized tiles in float32 are faster than this kernel.
 
     From 128 rows it makes 154 billion operations a second for Q4_0 and 100 for Q6_K, whose groups
     are half as large; tiles make 158 and 150 of 512 rows, 122 and 90 of 64.
