@@ -46,11 +46,10 @@ def _few_rows(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float[Array, "B out"]:
-    B, _ = x.shape
-    if B == 0:
+    rows = x.shape[0]
+    if rows == 0:
         return jnp.zeros((0, w.out), x.dtype)
-    most = int8_kernel.most_rows(w.layout)
-    if B <= most:
+    if rows <= int8_kernel.most_rows(w.layout):
         return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
     return _tiles(int8_kernel.round_activations(x, w.layout, with_residual), w)
 
