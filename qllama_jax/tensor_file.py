@@ -87,9 +87,7 @@ class GGUFTensor:
         `GGUFError` where the file is no longer the one that was opened, or is cut short.
         """
         block, block_bytes = BLOCK_SIZES[self.qtype]
-        room = np.empty(self.nbytes + DATA_ALIGNMENT, np.uint8)
-        skip = -room.ctypes.data % DATA_ALIGNMENT
-        raw = room[skip : skip + self.nbytes]
+        raw = aligned_bytes(self.nbytes)
         with self.source.open() as file:
             file.seek(self.offset)
             rest = memoryview(raw)
@@ -129,6 +127,13 @@ class GGUFFile:
         """Path and counts: a vocabulary would fill the screen."""
         counts = f"{len(self.metadata)} keys, {len(self.tensors)} tensors"
         return f"GGUFFile({str(self.path)!r}, {self.kind}, {counts})"
+
+
+def aligned_bytes(count: int) -> UInt8[np.ndarray, " count"]:
+    """Return new memory, not set to anything, that begins at a multiple of DATA_ALIGNMENT."""
+    room = np.empty(count + DATA_ALIGNMENT, np.uint8)
+    skip = -room.ctypes.data % DATA_ALIGNMENT
+    return room[skip : skip + count]
 
 
 @contextmanager

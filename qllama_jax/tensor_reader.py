@@ -25,7 +25,7 @@ class TensorReader:
     def __init__(
         self, file: GGUFFile, check_tensors: bool, progress: Progress | None, layout: Layout
     ) -> None:
-        """`check_tensors` and `progress` as in `load`."""
+        """All but the file as in `load`."""
         self.file = file
         self._left = dict(file.tensors)
         self._check_tensors = check_tensors
@@ -53,7 +53,7 @@ class TensorReader:
         return [self._leaf(block, part) for part in np.split(whole, np.cumsum(rows)[:-1])]
 
     def stacked(self, names: Sequence[str], shape: tuple[int, int]) -> Leaf:
-        """Weights `[E, out, in]` of E tensors `[out, in]`: one array where all have one format."""
+        """Weights `[E, out, in]` of E tensors `[out, in]`: a leaf each where formats differ."""
         parts = [self._take(name, shape) for name in names]
         blocks = {block for block, _ in parts}
         if len(blocks) > 1 or any(self._packs(block, shape[-1]) for block in blocks):
@@ -93,7 +93,7 @@ class TensorReader:
             )
         block, raw = self._format_of(tensor), tensor.data
         if self._check_tensors:
-            self._check_finite(tensor, block.from_bytes(raw))
+            self._check_finite(tensor, block.view(raw))
         self._bytes_done += tensor.nbytes
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)

@@ -40,13 +40,17 @@ def seconds_a_step(model: ql.Model, tokens: int) -> float:
 
 
 def load(folder: Path, experts: int) -> ql.Model:
-    """Make a model: 4 layers of Mixtral's shape at a quarter of its width, about 0.5 GB."""
+    """Make a model: 2 layers of Mixtral's shape at half of its width, 0.9 GB with 32 experts.
+
+    What a step reads, 57 MB, is more than a cache holds: at a quarter of the width and 4 layers,
+    8 experts stay in one of 32 MB in part, as 32 do not, and the ratio is 1.16 for that alone.
+    """
     path = write_tiny_llama(
         folder / f"{experts}.gguf",
         "Q4_0",
-        layers=4,
-        embed=1024,
-        ffn=2048,
+        layers=2,
+        embed=2048,
+        ffn=4096,
         heads=16,
         kv_heads=4,
         experts=experts,

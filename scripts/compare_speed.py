@@ -73,7 +73,7 @@ def prefill(tokens: int) -> Callable[[Seconds], float]:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--llama-python", required=True)
     parser.add_argument("--rounds", type=int, default=5)
@@ -108,4 +108,5 @@ def main() -> None:
         )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,12 @@ import os
 import sys
 import time
 
-import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
+
+try:
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+except ImportError:
+    sys.exit(f"{sys.executable} has no llama_cpp: pip install llama-cpp-python")
 
 
 def main() -> None:
@@ -42,4 +46,5 @@ def main() -> None:
         print(time.perf_counter() - began, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

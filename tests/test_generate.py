@@ -367,7 +367,7 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
     assert int(ran) == 1
 
 
-def test_a_model_packed_for_its_backend_streams_and_resumes_as_at_once(tiny_llama):
+def test_a_model_packed_for_its_backend_streams_and_batches_as_at_once(tiny_llama):
     model = ql.load(tiny_llama("Q4_K", layers=2))
     whole = ql.generate(model, PROMPTS[0], max_new_tokens=12, ignore_eos=True)
     pieces = [
@@ -378,6 +378,21 @@ def test_a_model_packed_for_its_backend_streams_and_resumes_as_at_once(tiny_llam
     assert row.tokens == whole.tokens
     exact = ql.generate(model, PROMPTS[0], max_new_tokens=1, activations="float", top_logprobs=3)
     assert abs(exact.logprobs[0] - whole.logprobs[0]) < 0.1
+
+
+def test_a_prefill_a_layer_at_a_time_is_that_of_the_whole(model):
+    tokens, lengths = padded(PROMPTS[:2])
+    tokens, lengths = jnp.concatenate([tokens, tokens]), jnp.concatenate([lengths, lengths])
+    tokens = tokens.at[3, 0].set(-1)  # poisons its row
+    arguments = {"config": model.config, "activations": "float"}
+    cache = ql.init_cache(model.config, 4, 16)
+    wanted, whole = ql.prefill(model.params, tokens, lengths, cache, **arguments)
+    found, parts = layerwise.prefill(model.params, tokens, lengths, cache, **arguments)
+    assert np.isnan(found[3]).all()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert parts.lengths.tolist() == whole.lengths.tolist()
+    for mine, others in zip((*parts.k, *parts.v), (*whole.k, *whole.v), strict=True):
+        np.testing.assert_allclose(mine, others, rtol=0, atol=1e-5)
 
 
 TRACED = layerwise._enter, layerwise._layer, layerwise._logits, session._start, session._decode

@@ -224,9 +224,8 @@ def test_leaves_are_as_large_as_the_files_tensors_and_256_bytes_of_rope(
 ):
     path = tiny_llama(qtype=qtype, layers=1, vocab=259)
     in_file = sum(tensor.n_bytes for tensor in tensors_of(path).values())
-    assert (
-        nbytes(ql.load(path, layout="file").params) == in_file + 2 * 4 * 32 + 4
-    )  # 32 pairs, and the magnitude
+    rope = 2 * 4 * 32 + 4  # 32 pairs, and the magnitude
+    assert nbytes(ql.load(path, layout="file").params) == in_file + rope
 
 
 def test_leaves_of_smollm2_are_at_most_2_percent_larger_than_its_tensors(smollm2_path: Path):

@@ -1,7 +1,7 @@
 """x @ dequantize(w).T for every kind of weight; the kind of the leaf picks the implementation.
 
 A packing for another back end, or a wrapped weight (an adapter, say), is one more leaf type that
-registers itself here; nothing else in the package asks what a weight is.
+registers itself here. Only what loads weights and what looks up embeddings asks what one is.
 """
 
 from __future__ import annotations

@@ -37,10 +37,15 @@ class Block:
     row_unit: ClassVar[int] = 1
 
     @classmethod
-    def from_bytes(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:
-        """View rows of raw GGUF bytes as blocks: numpy fields, each in memory of its own."""
+    def view(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:
+        """View rows of raw GGUF bytes as blocks: numpy fields that lie among each other."""
         blocks = raw.view(cls.layout)
-        return cls(**{name: np.array(blocks[name], order="C") for name in cls.layout.names or ()})
+        return cls(**{name: blocks[name] for name in cls.layout.names or ()})
+
+    @classmethod
+    def from_bytes(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:
+        """Take rows of raw GGUF bytes as blocks: numpy fields, each in memory of its own."""
+        return jax.tree.map(lambda field: np.array(field, order="C"), cls.view(raw))
 
     def to_bytes(self) -> UInt8[np.ndarray, "*out bytes"]:
         """Return the rows as GGUF stores them; the inverse of `from_bytes`."""
@@ -64,7 +69,7 @@ class Block:
 
     def dequantize_rows(self, rows: Int32[Array, "*rows"]) -> Float32[Array, "*rows in"]:
         """Return `dequantize()[rows]`; only those rows are read."""
-        return jax.tree.map(lambda leaf: leaf[rows], self).dequantize()
+        return take(self, rows).dequantize()
 
     def not_finite(self) -> dict[str, Bool[np.ndarray, ...]]:
         """Return by field which of its numbers are NaN or infinite; for blocks of numpy arrays.
@@ -109,6 +114,7 @@ class Block:
 
 
 BlockType = TypeVar("BlockType", bound=type[Block])
+Tree = TypeVar("Tree")
 
 
 @dataclass_transform(frozen_default=True)
@@ -138,6 +144,6 @@ def block_format(
     return register
 
 
-def take(w: Block | Array, rows: Any) -> Block | Array:
+def take(w: Tree, rows: Any) -> Tree:
     """Gather rows of a packed or plain weight; `take(w, i).dequantize() = w.dequantize()[i]`."""
     return jax.tree.map(lambda leaf: leaf[rows], w)

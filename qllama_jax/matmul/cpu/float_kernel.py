@@ -1,7 +1,7 @@
 """x @ w.T for weights that are numbers of 8 or 16 bits each, x in float32, for a few rows of x.
 
-As fast as memory gives the weights: 33 of 34 GB/s for Q8_0 [11264, 4096], where ggml's kernel has
-30 (jax 0.12, two cores of an EPYC Milan). More rows are faster by dequantized tiles.
+Nearly as fast as memory gives the weights: 30 to 33 of 34 GB/s for Q8_0 [11264, 4096], ggml's
+kernel 30 (jax 0.12, two cores of an EPYC Milan). More rows are faster by dequantized tiles.
 """
 
 from __future__ import annotations

@@ -54,19 +54,12 @@ class Layout:
     def largest_sum(self) -> int | None:
         """Bound on a group's sum of |x| that keeps an accumulator within int16; None: it always is.
 
-        |q - middle| is at most `middle` for integers of log2(2 middle) bits.
+        x is in steps, at most INT8_MAX of them. Meaningless without words.
         """
-        bound = INT16_MAX // self._farthest
-        return None if bound >= self.group * INT8_MAX else bound
-
-    @property
-    def _farthest(self) -> int:
-        return max(self.middle, self._levels - 1 - self.middle)
-
-    @cached_property
-    def _levels(self) -> int:
         masks, units = self.terms.mask[:, 0], self.terms.unit[:, 0]
-        return 1 + int((masks * units).sum())
+        largest = int((masks * units).sum())  # as of the first weight, so of all
+        bound = INT16_MAX // max(self.middle, largest - self.middle)
+        return None if bound >= self.group * INT8_MAX else bound
 
     @cached_property
     def terms(self) -> Terms:

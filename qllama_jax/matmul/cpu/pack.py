@@ -18,12 +18,12 @@ from jaxtyping import UInt8
 
 from qllama_jax.matmul.cpu.layouts import GROUP, LAYOUTS
 from qllama_jax.matmul.cpu.weight import LANES, TAKES_BFLOAT16, CPUWeight
+from qllama_jax.tensor_file import aligned_bytes
 from qllama_jax.tensor_types import BLOCK_SIZES
 
 # Words of some rows: uint16[nb, tiles, words of a block, LANES], a view of the file's bytes.
 Words = np.ndarray
 _CHUNK_BYTES = 2**18  # what a thread reorders at a time, with its copies within a core's L2 cache
-_ALIGNMENT = 64  # XLA on a CPU takes an array at such an address without a copy
 
 
 class Arrays(NamedTuple):
@@ -74,10 +74,7 @@ def pack(format: str, raw: UInt8[np.ndarray, "out bytes"]) -> CPUWeight:
 def _room(like: np.ndarray, tiles: int) -> np.ndarray:
     groups, _, *rest = like.shape
     shape = (groups, tiles, *rest)
-    size = int(np.prod(shape)) * like.itemsize
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    skip = -room.ctypes.data % _ALIGNMENT
-    return room[skip : skip + size].view(like.dtype).reshape(shape)
+    return aligned_bytes(int(np.prod(shape)) * like.itemsize).view(like.dtype).reshape(shape)
 
 
 def _half(words: Words) -> np.ndarray:

@@ -24,7 +24,7 @@ TAKES_BFLOAT16 = jax.__version_info__ >= (0, 11)
 
 @struct.dataclass
 class CPUWeight:
-    """Weights `[*, out, in]` whose bytes are those of the file, in another order.
+    """Weights `[out, in]` whose bits are those of the file, in another order.
 
     A tile is LANES rows; the last one is filled up with zeros. G counts the groups of weights in a
     row (see `Layout`), nb the super-blocks. The scales of sub-blocks are small integers, and half
@@ -81,7 +81,9 @@ class CPUWeight:
 
     def dequantize_transposed(self) -> Float32[Array, "*in out"]:
         """Return the values with rows as columns, which leaves them in the lanes."""
-        values = self._integers().astype(jnp.float32) - np.float32(self.layout.zero)
+        values = self._integers().astype(jnp.float32)
+        if self.layout.zero:  # a difference would flush subnormal numbers
+            values = values - np.float32(self.layout.zero)
         if self.scale is not None:
             scale = _full_scale(self.scale, self.super_scale)
             values = scale[..., None, :] * values
