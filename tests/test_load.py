@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as QType
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, dequantize, random_blocks
 from gguf_bytes import read_with_gguf_py
+from qllama_jax.matmul.cpu import CPUWeight
 from qllama_jax.params import DenseBlock
 from qllama_jax.quants import Block
 
@@ -145,6 +146,29 @@ def test_four_layers_of_a_mixed_file_hold_all_28_formats(tiny_llama: TinyLlama):
     found = {leaf.qtype.name for leaf in leaves if isinstance(leaf, Block)}
     assert found == set(FORMATS) - {"F32"}
     assert len(FORMATS) == 28
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the CPU's packing")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cpu_packs_what_is_multiplied_and_leaves_the_rest_as_in_the_file(
+    tiny_llama: TinyLlama, tied: bool
+):
+    formats = {"*": "Q4_K", "blk.0.attn_q.weight": "IQ4_NL", "blk.0.attn_k.weight": "F32"}
+    path = tiny_llama(formats, layers=1, vocab=259, tied=tied)
+    params, tensors = ql.load(path).params, tensors_of(path)
+    (block,) = params.blk
+    assert isinstance(block, DenseBlock)
+    packed = {"attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+    for name in packed | {"attn_q", "attn_k"}:
+        leaf = getattr(block, name).weight
+        assert isinstance(leaf, CPUWeight) == (name in packed), name
+        values = leaf if isinstance(leaf, jax.Array) else leaf.dequantize()
+        tensor = tensors[f"blk.0.{name}.weight"]
+        wanted = dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(np.asarray(values), wanted, err_msg=name)
+    # An embedding is looked up; only where it serves as output too is it multiplied.
+    assert isinstance(params.token_embd.weight, CPUWeight) == tied
+    assert (params.output is None) == tied
 
 
 def test_an_unknown_layout_is_refused_by_name(tiny_llama: TinyLlama):
