@@ -107,7 +107,8 @@ def write(
     """
     for b in range(buffer.shape[0]):
         buffer = _write_row(buffer, new[b : b + 1], b, start[b], count[b], axis)
-    return buffer
+    # Without it XLA writes once for the cache and once more, into a copy, for each reader.
+    return lax.optimization_barrier(buffer)
 
 
 def _write_row(buffer: Array, new: Array, row: int, start: Array, count: Array, axis: int) -> Array:

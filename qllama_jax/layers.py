@@ -89,5 +89,13 @@ def _attend(
     )
     seen = lax.broadcasted_iota(jnp.int32, (1, 1, S), 2) <= positions[:, :, None]
     scores = jnp.where(seen[:, None, None], scores, np.float32(-1e30))
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("BKGTS,BKHS->BTKGH", probabilities, v.astype(q.dtype), precision=precision)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1).transpose(0, 3, 1, 2)[..., None]
+    out = jnp.einsum(
+        "BKGTS,BKHS->BTKGH",
+        weights.astype(q.dtype),
+        v.astype(q.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return (out / total).astype(q.dtype)

@@ -32,9 +32,8 @@ class Rounded(NamedTuple):
     """Activations as the kernel wants them; P is 2 B with a residual, else B."""
 
     factors: Array  # uint16[G, P, fields]: what each field's word is multiplied by
-    start: Array  # uint16[G, P]: what takes the integers' middle out
+    mixed: Array  # float32[G, P, fields + 1]: the same, and the sum of a group's integers
     step: Array  # float32[G, B]
-    total: Array  # float32[G, B]: the sum of the group's rounded x
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
@@ -46,7 +45,7 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
     B, _ = x.shape
     fence = fence_for(x)
     rounded = fence(_round(x, w.layout, with_residual, fence))
-    G, rows = rounded.start.shape
+    G, rows, _ = rounded.factors.shape
     if rows <= WHOLE_ROWS:
         return _product(w, rounded, fence)[:, : w.out]
     tiles = w.padded // LANES
@@ -97,25 +96,18 @@ def _integers(
 
 
 def _round(x: Float[Array, "B in"], layout: Layout, with_residual: bool, fence: Fence) -> Rounded:
-    B, _ = x.shape
     step, scaled = _scale(x.astype(jnp.float32), layout)
     parts = fence(jnp.concatenate(_integers(scaled, layout, with_residual)))
-    sums = parts.sum(-1)
-    total = sums[:B]
-    if with_residual:
-        total = total + sums[B:] * np.float32(0.5 / _residual_steps(layout))
-    # Integers know no NaN, and neither does XLA's maximum on a CPU (0.10 and 0.12), but sums do.
-    step = step + 0 * total
-    integers = parts.astype(jnp.int32)
-    of = layout.factors
-    unit, carry = of.unit[None, None], of.carry[None, None]
-    factors = integers[..., of.weight] * unit - integers[..., of.before] * carry
-    return Rounded(
-        factors=factors.transpose(1, 0, 2).astype(jnp.uint16),
-        start=(-layout.middle * sums).T.astype(jnp.int32).astype(jnp.uint16),
-        step=step.T,
-        total=(step * total).T,
-    )
+    # Sums and differences of integers below 2^24 are exact in float32. The product takes the place
+    # of a gather, which XLA computes a number at a time, and of a sum.
+    mixed = lax.dot_general(
+        parts.reshape(-1, layout.group),
+        layout.factors.mix,
+        (((1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    ).reshape(*parts.shape[:2], -1)
+    mixed = mixed.swapaxes(0, 1)
+    return Rounded(mixed[..., :-1].astype(jnp.int32).astype(jnp.uint16), mixed, step.T)
 
 
 def _scale(
@@ -126,7 +118,7 @@ def _scale(
     per_step = GROUP // layout.group
     groups = x.reshape(B, width // GROUP, per_step, layout.group)
     magnitudes = jnp.abs(groups)
-    step = magnitudes.max((-2, -1)) * np.float32(1 / INT8_MAX)
+    step = (magnitudes * np.float32(1 / INT8_MAX)).max((-2, -1))
     if (bound := layout.largest_sum) is not None:
         # Rounding adds up to a half for each weight.
         room = np.float32(1 / (bound - layout.group // 2))
@@ -155,7 +147,9 @@ def _integer_sums(w: CPUWeight, x: Rounded) -> Int16[Array, "G tiles P lanes"]:
     words = [lax.slice_in_dim(w.words, i, i + 1, axis=2) for i in range(len(w.layout.words))]
     words = [jnp.broadcast_to(word, shape) for word in words]
     bits = {bit: jnp.full(shape, bit, jnp.uint16) for bit in set(of.bit.tolist()) - {0}}
-    sums = lax.broadcast_in_dim(x.start, shape, (0, 2))
+    # Takes the integers' middle out.
+    start = (np.float32(-w.layout.middle) * x.mixed[..., -1]).astype(jnp.int32).astype(jnp.uint16)
+    sums = lax.broadcast_in_dim(start, shape, (0, 2))
     for i, (word, bit) in enumerate(zip(of.word.tolist(), of.bit.tolist(), strict=True)):
         shifted = lax.shift_right_logical(words[word], bits[bit]) if bit else words[word]
         factor = lax.index_in_dim(x.factors, i, axis=2, keepdims=False)
@@ -181,20 +175,26 @@ def _scaled_sums(
     def nth(leaf: Array, run: int) -> Array:
         return leaf.reshape(G // count, runs, count // runs, *leaf.shape[1:])[:, run]
 
+    total = x.mixed[:, :B, -1]
+    # Integers know no NaN, and neither does XLA's maximum on a CPU (0.10 and 0.12), but sums do.
+    step = x.step + 0 * total
+    if rows > B:
+        total = total + x.mixed[:, B:, -1] * np.float32(0.5 / _residual_steps(layout))
+    total = step * total
     y = z = jnp.float32(0)
     for run in range(runs):
         exact = nth(sums, run).astype(jnp.float32)
         if rows > B:
             finer = exact[..., B:, :] * np.float32(0.5 / _residual_steps(layout))
             exact = exact[..., :B, :] + finer
-        total = nth(x.total, run)[:, :, None, :, None]
-        product = exact * nth(x.step, run)[:, :, None, :, None]
+        of_run = nth(total, run)[:, :, None, :, None]
+        product = exact * nth(step, run)[:, :, None, :, None]
         if layout.excess:
-            product = product + np.float32(layout.excess) * total
+            product = product + np.float32(layout.excess) * of_run
         y = y + _sum_of_groups(nth(w.scale, run)[:, :, :, None].astype(jnp.float32) * product)
         if w.minimum is not None:
             minimum = nth(w.minimum, run)[:, :, :, None].astype(jnp.float32)
-            z = z + _sum_of_groups(minimum * total)
+            z = z + _sum_of_groups(minimum * of_run)
     if w.super_scale is not None:
         y = y * w.super_scale[:, :, None].astype(jnp.float32)
     if w.super_minimum is not None:

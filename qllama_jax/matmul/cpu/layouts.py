@@ -79,14 +79,19 @@ class Layout:
     @cached_property
     def factors(self) -> Factors:
         """What each field's word is multiplied by."""
-        rows = []
+        word, bit, columns = [], [], []
         for index, fields in enumerate(self.words):
             before = Field(0, 0, 0)
             for field in fields:
-                carry = before.unit << (field.bit - before.bit)
-                rows.append((index, field.bit, field.weight, field.unit, before.weight, carry))
+                column = np.zeros(self.group, np.float32)
+                column[field.weight] += field.unit
+                column[before.weight] -= before.unit << (field.bit - before.bit)
+                word.append(index)
+                bit.append(field.bit)
+                columns.append(column)
                 before = field
-        return Factors(*np.array(rows, np.int32).T)
+        columns.append(np.ones(self.group, np.float32))
+        return Factors(np.array(word), np.array(bit), np.stack(columns, axis=1))
 
 
 class Terms(NamedTuple):
@@ -99,14 +104,11 @@ class Terms(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Each `[fields]`: words[word] >> bit is multiplied by unit x[weight] - carry x[before]."""
+    """words[word] >> bit is multiplied by x @ mix, the last column of which sums x."""
 
-    word: np.ndarray
-    bit: np.ndarray
-    weight: np.ndarray
-    unit: np.ndarray
-    before: np.ndarray
-    carry: np.ndarray
+    word: np.ndarray  # int[fields]
+    bit: np.ndarray  # int[fields]
+    mix: np.ndarray  # float32[group, fields + 1]: integers
 
 
 # Two bytes of nibbles as they lie in the file: low nibbles are the block's first half.
