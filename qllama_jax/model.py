@@ -17,9 +17,10 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from qllama_jax import cache as kv
+from qllama_jax.attention import attention
 from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
-from qllama_jax.layers import attention, linear, rms_norm, swiglu
+from qllama_jax.layers import linear, rms_norm, swiglu
 from qllama_jax.matmul import Activations, check_activations, matmul
 from qllama_jax.moe import Routing, moe_swiglu
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params

@@ -35,6 +35,7 @@ RUNGS = {
     "matmul": 2.0,
     "params": 2.0,
     "cache": 2.0,
+    "attention": 3.0,
     "layers": 3.0,
     "tensor_reader": 3.0,
     "load": 4.0,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qllama_jax import layers
-from qllama_jax.layers import attention, linear, rms_norm, swiglu
+from qllama_jax.attention import attention
+from qllama_jax.layers import linear, rms_norm, swiglu
 from qllama_jax.params import DenseBlock, Linear
 
 FLOAT32 = 2e-6  # relative to the largest value: sums of a few hundred float32 products
@@ -142,19 +142,46 @@ def temp_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
-def test_a_long_prompt_in_chunks_equals_the_formula_and_all_queries_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    T, S = 512, 520
-    q, k, v = normal(2, T, 2, 4), normal(2, 1, S, 4), normal(2, 1, 4, S)
-    positions = np.stack([np.arange(T), np.arange(T) + 8]).astype(np.int32)
-    arguments = tuple(map(jnp.asarray, (q, k, v, positions)))
-    assert T == 2 * layers.QUERY_CHUNK
-    chunked = jax.jit(lambda *a: attention(*a)).lower(*arguments).compile()
-    monkeypatch.setattr(layers, "QUERY_CHUNK", T)
-    at_once = jax.jit(lambda *a: attention(*a)).lower(*arguments).compile()
-    found = chunked(*arguments)
+@pytest.mark.parametrize(("T", "S"), [(2, 300), (130, 300), (256, 256), (300, 417)])
+def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
+    # Neither number divides into blocks, the rows are at different positions, the last key unseen.
+    q, k, v = 3 * normal(2, T, 4, 4), normal(2, 2, S, 4), normal(2, 2, 4, S)
+    positions = np.stack([np.arange(T), np.arange(T) + max(S - T - 1, 0)]).astype(np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions)))
     assert_close(found, attention64(q, k, v, positions))
-    assert_close(found, np.asarray(at_once(*arguments), np.float64), 1e-6)
-    sizes = [temp_bytes(chunked), temp_bytes(at_once)]
-    assert sizes[0] <= 0.6 * sizes[1]  # the scores of half of the queries, not of all
+
+
+def test_attention_in_blocks_has_the_gradient_of_the_formula():
+    T, S = 130, 140
+    q, k, v = normal(1, T, 2, 4), normal(1, 1, S, 4), normal(1, 1, 4, S)
+    positions = (np.arange(T) + 3)[None].astype(np.int32)
+    loss = lambda *a: attention(*a, jnp.asarray(positions)).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    for i, gradient in enumerate(gradients):
+        rng = np.random.default_rng(i)
+        step = 1e-6 * rng.standard_normal(gradient.shape)
+        there, back = ([*map(np.float64, (q, k, v))] for _ in range(2))
+        there[i], back[i] = there[i] + step, back[i] - step
+        change = sum(
+            sign * attention64(*arguments, positions).sum()
+            for sign, arguments in ((1, there), (-1, back))
+        )
+        wanted = np.sum(np.asarray(gradient, np.float64) * 2 * step)
+        np.testing.assert_allclose(change, wanted, rtol=1e-4)
+
+
+def test_a_long_prompt_needs_room_for_a_block_of_scores_not_for_all():
+    T = S = 1024
+    q, k, v = normal(1, T, 2, 4), normal(1, 1, S, 4), normal(1, 1, 4, S)
+    positions = np.arange(T)[None].astype(np.int32)
+    compiled = jax.jit(lambda *a: attention(*a)).lower(q, k, v, positions).compile()
+    assert temp_bytes(compiled) <= 0.25 * (2 * T * S * 4)
+
+
+def test_keys_that_no_query_of_a_block_sees_cost_nothing():
+    # Infinite values would make NaN of a weight of zero: their blocks are not looked at.
+    q, k, v = normal(1, 2, 2, 4), normal(1, 1, 300, 4), normal(1, 1, 4, 300)
+    v[..., 128:] = np.inf
+    positions = np.asarray([[100, 101]], np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions)))
+    assert_close(found, attention64(q, k, v, positions))

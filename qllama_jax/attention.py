@@ -1,0 +1,131 @@
+"""Grouped-query attention to the keys and values of the cache.
+
+Dimensions: B rows, T query positions, S key positions, N query heads, K kv heads, G = N // K query
+heads a kv head, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from qllama_jax.matmul import xla
+
+# Queries and keys that meet at a time. On a CPU 2,048 queries and keys of 32 heads of 64 take 0.31
+# s of one core so, 0.34 to 0.43 s with larger or smaller blocks, 1.9 s with all keys at once.
+QUERY_BLOCK = 128
+KEY_BLOCK = 128
+
+# The score of a key that is not seen: its exponential is 0 beside any other's.
+MASKED = np.float32(-1e30)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K H S"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Compute softmax(q k^T / sqrt(H)) v over the keys at positions up to each query's own.
+
+    The softmax is in float32; kv head n // G serves query head n.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q = (q * np.asarray(H**-0.5, q.dtype)).reshape(B, T, K, N // K, H)
+    if T == 1:
+        return _at_once(q, k, v, positions).reshape(B, T, N, H)
+    size = min(T, QUERY_BLOCK)
+    chunks = -(-T // size)
+    more = chunks * size - T  # queries that fill up the last chunk; they see the first key
+    q = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
+    positions = jnp.pad(positions, ((0, 0), (0, more)))
+    # [chunks, B, K, G, size, H]: a product a kv head, with all of its queries as rows
+    q = q.reshape(B, chunks, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
+    positions = positions.reshape(B, chunks, size).swapaxes(0, 1)
+    if chunks == 1:
+        out = _in_blocks(q[0], k, v, positions[0])[None]
+    else:
+        out = lax.map(lambda part: _in_blocks(part[0], k, v, part[1]), (q, positions))
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, N, H)[:, :T]
+
+
+def _at_once(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K H S"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "B T K G H"]:
+    scores = _dot("BTKGH,BKSH->BKGTS", q, k.astype(q.dtype))
+    index = lax.broadcasted_iota(jnp.int32, (1, 1, k.shape[2]), 2)
+    scores = jnp.where((index <= positions[:, :, None])[:, None, None], scores, MASKED)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1).transpose(0, 3, 1, 2)[..., None]
+    out = _dot("BKGTS,BKHS->BTKGH", weights.astype(q.dtype), v.astype(q.dtype))
+    return (out / total).astype(q.dtype)
+
+
+def _in_blocks(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K H S"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "B K G T H"]:
+    """Attend to a block of keys at a time (Milakov & Gimelshein 2018).
+
+    Blocks that no query sees are left out.
+    """
+    B, K, G, T, H = q.shape
+    S = k.shape[2]
+    rows = q.reshape(B, K, G * T, H)
+    size = min(S, KEY_BLOCK)
+    last = positions.max()
+
+    def add_block(sums: _Sums, block: Int32[Array, ""]) -> _Sums:
+        # Where `size` does not divide S, the last block starts earlier and repeats some keys.
+        start = jnp.minimum(block * size, S - size)
+        keys = lax.dynamic_slice_in_dim(k, start, size, axis=2).astype(q.dtype)
+        values = lax.dynamic_slice_in_dim(v, start, size, axis=3).astype(q.dtype)
+        scores = _dot("BKRH,BKSH->BKRS", rows, keys)
+        index = start + lax.broadcasted_iota(jnp.int32, (1, 1, size), 2)
+        seen = (index <= positions[:, :, None]) & (index >= block * size)
+        scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, size), MASKED)
+        scores = scores.reshape(B, K, G * T, size)
+        largest = jnp.maximum(sums.largest, scores.max(-1))
+        weights = jnp.exp(scores - largest[..., None])
+        old = jnp.exp(sums.largest - largest)
+        out = _dot("BKRS,BKHS->BKRH", weights.astype(q.dtype), values)
+        return _Sums(largest, old * sums.total + weights.sum(-1), old[..., None] * sums.out + out)
+
+    def add_seen_block(sums: _Sums, block: Int32[Array, ""]) -> tuple[_Sums, None]:
+        add, keep = add_block, lambda sums, block: sums
+        return lax.cond(block * size <= last, add, keep, sums, block), None
+
+    sums = _Sums(
+        largest=jnp.full((B, K, G * T), MASKED),
+        total=jnp.zeros((B, K, G * T), jnp.float32),
+        out=jnp.zeros((B, K, G * T, H), jnp.float32),
+    )
+    blocks = -(-S // size)
+    if blocks == 1:
+        sums = add_block(sums, jnp.int32(0))
+    else:
+        sums, _ = lax.scan(add_seen_block, sums, jnp.arange(blocks, dtype=jnp.int32))
+    return (sums.out / sums.total[..., None]).astype(q.dtype).reshape(q.shape)
+
+
+class _Sums(NamedTuple):
+    """Over the keys so far, with weights exp(score - largest)."""
+
+    largest: Float32[Array, "B K rows"]
+    total: Float32[Array, "B K rows"]
+    out: Float32[Array, "B K rows H"]
+
+
+def _dot(spec: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float32[Array, ...]:
+    precision = xla.precision(a.dtype)
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
