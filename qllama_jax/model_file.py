@@ -21,6 +21,7 @@ def read_model_file(path: str | os.PathLike[str], *, gqa: int | None = None) -> 
     """
     if hub.is_hub_name(path):
         path = hub.fetch(os.fspath(path))
+    hub.check_no_hub_name(path)
     name = os.path.abspath(os.fsdecode(path))
     with open_regular(name) as (file, _):
         magic = file.read(4)
