@@ -27,10 +27,13 @@ def converse(
 
     Raises:
         ChatTemplateError: there is no template, or it refuses even one message.
+        GGUFError: the file's tokenizer cannot encode.
     """
     opening = [] if system is None else [{"role": "system", "content": system}]
-    # Before anybody has typed: is there a template, and does it take a system message?
-    model.tokenizer.apply_chat_template([*opening, {"role": "user", "content": "?"}])
+    # Before anybody has typed: is there a template, does it take a system message, and can what
+    # comes of it be encoded?
+    question = [*opening, {"role": "user", "content": "?"}]
+    model.tokenizer.encode(model.tokenizer.apply_chat_template(question))
     messages = list(opening)
     for line in _lines():
         if line == "/exit":

@@ -48,7 +48,8 @@ class RopeScaling:
 class ModelConfig:
     """Dimensions and constants of a Llama or Mixtral model, as its file gives them; hashable.
 
-    `num_experts` is 0 where the file has no experts. `rope_scaling` is None where positions are
+    `num_experts` is 0 where the file has no experts; where it is 1, a block may be a mixture of one
+    or dense, as its tensors say. `rope_scaling` is None where positions are
     used as they are. `rope_dim` counts the dimensions of a head that are rotated.
     """
 
@@ -169,7 +170,9 @@ def _rope_scaling(metadata: Metadata, context_length: int) -> RopeScaling | None
         factor = 1.0
     attn_factor = _positive(metadata, prefix + "attn_factor", 1.0)
     key = prefix + "original_context_length"
-    original = metadata.get_uint(key, context_length, lo=1, hi=2**32 - 1)
+    original = metadata.get_uint(key, context_length, hi=2**32 - 1)
+    # As in llama.cpp, 0 is "not given" too, but for longrope, whose long factors it chooses.
+    original = original if name == "longrope" else original or context_length
     if name != "longrope" and factor == 1 and attn_factor == 1:
         return None
     return RopeScaling(_SCALING_KINDS[name], factor, original, attn_factor)

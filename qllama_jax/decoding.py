@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from qllama_jax.model import hidden_states, unembed
 from qllama_jax.params import Params
 from qllama_jax.quants import Leaf
 from qllama_jax.sampling import Sampling, check_window, sample
+from qllama_jax.sampling_ranges import check_sampling
 
 
 class Finish(enum.IntEnum):
@@ -112,16 +115,20 @@ def start_decoding(
     recent: Int32[Array, "B W"],
     keys: Key[Array, " B"],
     sampling: Sampling,
-    stop_tokens: Int32[Array, " K"],
+    stop_tokens: Int32[Array, " K"] | Sequence[Any],
     *,
     top_logprobs: int = 0,
 ) -> tuple[DecodeState, Chosen]:
     """Choose the first token from a prefill's logits; return the state and what was chosen.
 
     `recent` is what `recent_tokens` gives, `keys` what `row_keys` does; `top_logprobs` (static) is
-    n of `Chosen`. Raises ValueError for a concrete penalty_last_n above the width of `recent`.
+    n of `Chosen`. `stop_tokens` may be a list too.
+
+    Raises ValueError, or TypeError for what is no number, for concrete parameters of sampling that
+    are out of range (see `check_sampling`) or a penalty_last_n above the width of `recent`.
     """
-    B, _ = logits.shape
+    B, V = logits.shape
+    check_sampling(sampling, B, V)
     check_window(sampling, recent.shape[1])
     state = DecodeState(
         cache=cache,
@@ -131,14 +138,14 @@ def start_decoding(
         finish=jnp.full((B,), int(Finish.RUNNING), jnp.int32),
         generated=jnp.zeros((B,), jnp.int32),
     )
-    return _choose(state, logits, sampling.per_row(B), stop_tokens, top_logprobs)
+    return _choose(state, logits, sampling.per_row(B), stop_ids(stop_tokens), top_logprobs)
 
 
 def decode_many(
     params: Params,
     state: DecodeState,
     sampling: Sampling,
-    stop_tokens: Int32[Array, " K"],
+    stop_tokens: Int32[Array, " K"] | Sequence[Any],
     steps: Int32[Array, ""] | int,
     *,
     config: ModelConfig,
@@ -152,8 +159,9 @@ def decode_many(
     number of steps that ran. Raises as `start_decoding`.
     """
     B, W = state.recent.shape
+    check_sampling(sampling, B, config.vocab_size)
     check_window(sampling, W)
-    sampling = sampling.per_row(B)
+    sampling, stop_tokens = sampling.per_row(B), stop_ids(stop_tokens)
     chosen = Chosen(
         tokens=jnp.zeros((B, max_steps), jnp.int32),
         logprobs=jnp.zeros((B, max_steps), jnp.float32),
@@ -234,6 +242,19 @@ def _with_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"], n: 
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     top, ids = lax.top_k(logits, n)
     return Chosen(tokens=token, logprobs=logprob, top_tokens=ids, top_logprobs=top - total[:, None])
+
+
+def stop_ids(stop_tokens: Any) -> Int32[Array, " K"]:
+    """Return stop tokens, a list or an array of ids, as an array; TypeError for anything else."""
+    wanted = "stop_tokens: expected a list of ids or int32[K]"
+    if not isinstance(stop_tokens, Sequence) and not hasattr(stop_tokens, "shape"):
+        raise TypeError(f"{wanted}, found {type(stop_tokens).__name__}")
+    ids = jnp.asarray(stop_tokens)
+    if ids.shape == (0,):
+        return jnp.zeros((0,), jnp.int32)  # an empty list is one of floats to JAX
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{wanted}, found {ids.dtype} of shape {ids.shape}")
+    return ids.astype(jnp.int32)
 
 
 def row_keys(key: Shaped[Array, ...], batch_size: int) -> Key[Array, " B"]:

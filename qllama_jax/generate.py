@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from qllama_jax.decoding import Finish
@@ -62,12 +63,12 @@ def generate(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
-    seed: int | Sequence[int] | np.ndarray = 0,
-    stop: str | Sequence[str] = (),
+    seed: int | Sequence[int] | np.ndarray | jax.Array = 0,
+    stop: str | Sequence[str] | None = (),
     ignore_eos: bool = False,
     top_logprobs: int = 0,
     logit_bias: Any = 0.0,
-    banned_tokens: Sequence[int] = (),
+    banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
     **sampling: Any,
 ) -> Any:
@@ -79,13 +80,13 @@ def generate(
         max_new_tokens: the most tokens to generate a row, at least 1.
         seed: of the draws; row b draws from `fold_in(key(seed), b)`. One seed a row: row b gets
             what its prompt alone gets with that seed, from `fold_in(key(seed[b]), 0)`.
-        stop: texts that end a row where they appear.
+        stop: a text, or several, that end a row where they appear; None: none.
         ignore_eos: go on past end-of-generation tokens.
         top_logprobs: of how many of the likeliest tokens to give the log-probabilities, 0..1000
             and at most the vocabulary; another number compiles anew.
         logit_bias: {token id: what is added to its logit}, for every row, or an array as in
             `Sampling`. -inf bans a token.
-        banned_tokens: ids that are never generated, in any row.
+        banned_tokens: ids that are never generated, in any row; None: none.
         activations: see `matmul`.
         **sampling: the other fields of `Sampling`, numbers or one a row. By default greedy.
             penalty_last_n is a number of tokens or -1, all; above 64, each power of two compiles
@@ -137,12 +138,12 @@ def stream(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
-    seed: int | Sequence[int] | np.ndarray = 0,
-    stop: str | Sequence[str] = (),
+    seed: int | Sequence[int] | np.ndarray | jax.Array = 0,
+    stop: str | Sequence[str] | None = (),
     ignore_eos: bool = False,
     top_logprobs: int = 0,
     logit_bias: Any = 0.0,
-    banned_tokens: Sequence[int] = (),
+    banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
     **sampling: Any,
 ) -> Iterator[Piece]:
@@ -183,10 +184,10 @@ def _pieces(session: Session, row: RowText) -> Iterator[Piece]:
 def _session(
     model: Model,
     prompts: list[np.ndarray],
-    stop: str | Sequence[str],
+    stop: str | Sequence[str] | None,
     ignore_eos: bool,
     logit_bias: Any,
-    banned_tokens: Sequence[int],
+    banned_tokens: Sequence[int] | None,
     sampling: dict[str, Any],
     **options: Any,
 ) -> tuple[Session, list[RowText]]:
@@ -215,30 +216,46 @@ def read_prompts(model: Model, prompt: Any) -> tuple[list[np.ndarray], bool]:
     """
     if isinstance(prompt, str):
         return [_read_prompt(model, prompt, "prompt")], False
-    if not isinstance(prompt, Sequence) and not hasattr(prompt, "__array__"):
+    if not _is_list(prompt):
         raise TypeError(
-            f"prompt: expected a text, token ids or a list of such, found {type(prompt).__name__}"
+            f"prompt: expected a text, token ids or a list of such, found {_kind(prompt)}"
         )
-    if not np.shape(prompt[:1])[:1] == (1,):
+    if len(prompt) == 0:
         raise ValueError("prompt: empty")
-    if isinstance(prompt[0], str) or np.ndim(prompt[0]) > 0:
+    if isinstance(prompt[0], Sequence) or _is_list(prompt[0]):
         return [_read_prompt(model, item, f"prompt {i}") for i, item in enumerate(prompt)], True
     return [_read_prompt(model, prompt, "prompt")], False
 
 
 def _read_prompt(model: Model, prompt: Any, name: str) -> np.ndarray:
-    if isinstance(prompt, str):
-        prompt = model.tokenizer.encode(prompt)
-        if not prompt:
-            raise ValueError(f"{name}: the text is empty and the model has no BOS token to begin")
-    ids = np.asarray(prompt)
+    if not isinstance(prompt, str):
+        return read_ids(model, prompt, name)
+    ids = model.tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError(f"{name}: the text is empty and the model has no BOS token to begin")
+    return read_ids(model, ids, name)
+
+
+def read_ids(model: Model, ids: Any, name: str) -> np.ndarray:
+    """Return a flat list or array of token ids as int32, checked; errors call it `name`.
+
+    Raises:
+        TypeError: what holds no integers, or is not flat.
+        ValueError: there are none, or one is outside the vocabulary.
+    """
+    wanted = f"{name}: expected a flat list of token ids"
+    if not _is_list(ids):
+        raise TypeError(f"{wanted}, found {_kind(ids)}")
+    if isinstance(ids, Sequence) and any(isinstance(token, bool) for token in ids):
+        raise TypeError(f"{wanted}, found a bool among them")  # numpy would make it an integer
+    try:
+        ids = np.asarray(ids)
+    except ValueError:
+        raise TypeError(f"{wanted}, found lists of several lengths or depths") from None
     if ids.size == 0:
         raise ValueError(f"{name}: no tokens")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise TypeError(
-            f"{name}: expected a text or a flat list of token ids, found {ids.dtype} of shape"
-            f" {ids.shape}"
-        )
+        raise TypeError(f"{wanted}, found {ids.dtype} of shape {ids.shape}")
     V = model.config.vocab_size
     bad = np.flatnonzero((ids < 0) | (ids >= V))
     if bad.size:
@@ -246,3 +263,16 @@ def _read_prompt(model: Model, prompt: Any, name: str) -> np.ndarray:
             f"{name}: token id {ids[bad[0]]} at index {bad[0]} is outside the vocabulary 0..{V - 1}"
         )
     return ids.astype(np.int32)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list of its items, or an array, and no text or bytes."""
+    if hasattr(value, "__array__"):
+        return np.ndim(value) > 0
+    return isinstance(value, Sequence) and not isinstance(
+        value, str | bytes | bytearray | memoryview
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"a number, {value!r}" if hasattr(value, "__array__") else type(value).__name__

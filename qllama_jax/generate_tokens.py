@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,14 @@ from jaxtyping import Array, Int32, Shaped
 
 from qllama_jax.cache import KVCache, init_cache
 from qllama_jax.config import ModelConfig
-from qllama_jax.decoding import Finish, decode_many, prefill, row_keys, start_decoding
+from qllama_jax.decoding import (
+    Finish,
+    decode_many,
+    prefill,
+    row_keys,
+    start_decoding,
+    stop_ids,
+)
 from qllama_jax.errors import ContextOverflowError
 from qllama_jax.matmul import Activations
 from qllama_jax.params import Params
@@ -21,7 +31,10 @@ from qllama_jax.sampling import Sampling
 
 @struct.dataclass
 class Decoded:
-    """Tokens of N steps: row b's are the first `lengths[b]`, its stop token included."""
+    """Tokens of N steps: row b's are the first `lengths[b]`, its stop token included.
+
+    `cache` is full where it was not given: to go on with it, `resize_cache` makes room.
+    """
 
     tokens: Leaf  # int32[B, N]
     logprobs: Leaf  # float32[B, N], of the unmodified logits
@@ -42,7 +55,7 @@ def generate_tokens(
     config: ModelConfig,
     sampling: Sampling,
     max_new_tokens: int,
-    stop_tokens: Int32[Array, " K"],
+    stop_tokens: Int32[Array, " K"] | Sequence[Any],
     cache: KVCache | None = None,
     history: Int32[Array, "B H"] | None = None,
     activations: Activations = "auto",
@@ -60,7 +73,7 @@ def generate_tokens(
             penalty_window and top_logprobs).
         sampling: how tokens are chosen.
         max_new_tokens: N, at least 1.
-        stop_tokens: ids that end a row, `int32[K]`; K may be 0.
+        stop_tokens: ids that end a row, `int32[K]` or a list; K may be 0.
         cache: what came before the prompt; None: nothing.
         history: the tokens before the prompt, `int32[B, H]`, -1 where there are fewer; the
             penalties alone look at them. Fewer than penalty_window - 1 count as all there were.
@@ -71,12 +84,16 @@ def generate_tokens(
 
     Returns:
         `Decoded`. Its cache holds the prompt and all new tokens but the last. To go on as if
-        nothing had been cut, give that token as the next prompt, with `cache` and `history`. Rows
+        nothing had been cut, give that token as the next prompt, with `cache` and `history`; the
+        cache that was made here has no room for more, so first make some with `resize_cache`. Rows
         that end in `Finish.ERROR` failed after `lengths[b]` tokens.
 
     Raises:
-        ValueError: N or penalty_window is below 1, n is not in 0..V, or penalty_last_n is concrete
-            and above penalty_window (what is traced and above it ends its row in `Finish.ERROR`).
+        ValueError: N, T or penalty_window is below 1, n is not in 0..V, `history` has another
+            number of rows, or a parameter of sampling is concrete and out of range, such as a
+            penalty_last_n above penalty_window (what is traced and above it ends its row in
+            `Finish.ERROR`).
+        TypeError: stop_tokens or a parameter of sampling that are no numbers.
         ContextOverflowError: T + N positions do not fit the cache, or the model's context.
     """
     B, T = prompt.shape
@@ -89,6 +106,7 @@ def generate_tokens(
             f"prompt of {T} + {max_new_tokens} new tokens: the model's context is"
             f" {config.context_length}"
         )
+    stop_tokens = stop_ids(stop_tokens)
     if cache is None:
         cache = init_cache(config, B, T + max_new_tokens)
     if T + max_new_tokens > cache.max_length:

@@ -9,6 +9,8 @@ from qllama_jax.config import ModelConfig, RopeScaling
 from qllama_jax.errors import quoted
 from qllama_jax.tensor_file import GGUFFile
 
+ROUTER = ".ffn_gate_inp.weight"  # how the names of tensors end that only a mixture has
+
 
 def describe(file: GGUFFile) -> Iterator[str]:
     """Yield a line a fact: first what any model file has, then the model's sizes.
@@ -33,7 +35,7 @@ def describe(file: GGUFFile) -> Iterator[str]:
     if file.container == "GGML":
         yield _line("", "scores by id: the file has none, and LLaMA's follow from the ids")
     yield _line("chat template", "yes" if file.metadata.get("tokenizer.chat_template") else "no")
-    yield from _sizes(_config(file))
+    yield from _sizes(_config(file), any(name.endswith(ROUTER) for name in file.tensors))
 
 
 def by_qtype(file: GGUFFile) -> dict[str, tuple[int, int]]:
@@ -51,14 +53,14 @@ def _config(file: GGUFFile) -> ModelConfig:
     return ModelConfig.from_metadata(file.metadata, vocab_size=rows)
 
 
-def _sizes(config: ModelConfig) -> Iterator[str]:
+def _sizes(config: ModelConfig, has_router: bool) -> Iterator[str]:
     heads = f"{config.num_heads}, {config.num_kv_heads} of keys and values, {config.head_dim} wide"
     rope = f"{config.rope_dim} dimensions, base {config.rope_theta:g}"
     yield _line("layers", f"{config.num_layers}")
     yield _line("embedding", f"{config.embed_dim}")
     yield _line("feed-forward", f"{config.ffn_dim}")
     yield _line("heads", heads)
-    if config.num_experts:
+    if config.num_experts > 1 or has_router:  # a dense file may say that it has one expert
         yield _line("experts", f"{config.num_experts}, {config.num_experts_per_token} a token")
     yield _line("rope", rope + _scaling(config.rope_scaling))
     yield _line("context", f"{config.context_length} tokens")

@@ -24,6 +24,7 @@ from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import RopeFrequencies, rope_frequencies
 from qllama_jax.tensor_reader import Layout, Progress, TensorReader, place
 from qllama_jax.tokenizer import Tokenizer
+from qllama_jax.tokenizer.tokenizer import check_chat_template
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,9 @@ def load(
         GGUFError: the file is damaged, of another architecture, has a tensor too few, too many or
             of another shape than its metadata say, or a weight that is not finite.
         ValueError: `gqa` is given for a GGUF file, or `layout` is none of the two.
+        TypeError: `gqa` is no integer, or `chat_template` no text.
     """
+    check_chat_template(chat_template)
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r}: expected one of {get_args(Layout)}")
     file = read_model_file(path, gqa=gqa)
@@ -121,13 +124,18 @@ def _block(tensors: TensorReader, prefix: str, config: ModelConfig) -> DenseBloc
         "ffn_norm": Linear(weight=place(tensors.vector(prefix + "ffn_norm.weight", D))),
     }
     F, E = config.ffn_dim, config.num_experts
-    if E <= 1:
+    # A dense file may say that it has one expert; a router makes a mixture even of one.
+    if E == 0 or (E == 1 and f"{prefix}ffn_gate_inp.weight" not in tensors):
         return DenseBlock(
             **attention,
             ffn_gate=_linear(tensors, prefix + "ffn_gate", F, D),
             ffn_up=_linear(tensors, prefix + "ffn_up", F, D),
             ffn_down=_linear(tensors, prefix + "ffn_down", D, F),
         )
+    if config.num_experts_per_token == 0:
+        metadata, key = tensors.file.metadata, "llama.expert_used_count"
+        wanted = f"1, as there is a tensor {quoted(prefix + 'ffn_gate_inp.weight')}"
+        raise metadata.error(key, "0" if key in metadata else "none", wanted)
     return MoEBlock(
         **attention,
         ffn_gate_inp=Linear(weight=tensors.matrix(prefix + "ffn_gate_inp.weight", (E, D))),

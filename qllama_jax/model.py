@@ -313,6 +313,8 @@ def _check_shapes(
     lengths: Array | None,
     inputs_embeds: Array | None,
 ) -> None:
+    if T == 0:
+        raise ValueError("0 tokens a row, expected at least 1")
     if lengths is not None and lengths.shape != (B,):
         raise ValueError(f"{B} rows of tokens, but lengths of shape {lengths.shape}")
     if inputs_embeds is not None and inputs_embeds.shape[2:] != (config.embed_dim,):

@@ -17,10 +17,14 @@ def read_model_file(path: str | os.PathLike[str], *, gqa: int | None = None) -> 
 
     `gqa` is the number of query heads that share a key-value head, which the older files do not
     say: it is inferred from their tensors, and one that is given must agree. Raises `GGUFError`
-    for a bad file, ValueError where `gqa` is given for a GGUF file.
+    for a bad file, ValueError where `gqa` is given for a GGUF file, TypeError where it is no
+    integer.
     """
+    if gqa is not None and (isinstance(gqa, bool) or not hasattr(gqa, "__index__")):
+        raise TypeError(f"gqa={gqa!r}: expected an integer")
     if hub.is_hub_name(path):
         path = hub.fetch(os.fspath(path))
+    hub.check_no_hub_name(path)
     name = os.path.abspath(os.fsdecode(path))
     with open_regular(name) as (file, _):
         magic = file.read(4)

@@ -23,10 +23,16 @@ def recent_tokens(
     """Return the last W = penalty_window tokens of each row, -1 in front of a shorter one.
 
     `history` is what came before the prompt, -1 where there was nothing. W is static, at least 1.
+    Raises ValueError for another W, and for a history of another number of rows.
     """
     if penalty_window < 1:
         raise ValueError(f"penalty_window={penalty_window}: expected at least 1")
     if history is not None:
+        if history.ndim != 2 or history.shape[0] != prompt.shape[0]:
+            raise ValueError(
+                f"history of shape {history.shape}: expected ({prompt.shape[0]}, H), as there are"
+                f" {prompt.shape[0]} rows"
+            )
         prompt = jnp.concatenate([history, prompt], axis=1)
         prompt_lengths = prompt_lengths + history.shape[1]
     index = prompt_lengths[:, None] + np.arange(-penalty_window, 0, dtype=np.int32)[None]

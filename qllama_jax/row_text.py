@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from qllama_jax.decoding import Finish
 from qllama_jax.session import Event
 from qllama_jax.tokenizer import Tokenizer
 
 
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the texts that end a row, checked: no text is empty."""
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the texts that end a row, checked: no text is empty. None means that there is none."""
+    if stop is None:
+        return ()
+    if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+        raise TypeError(f"stop: expected a text or several, found {type(stop).__name__}")
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     for string in strings:
         if not isinstance(string, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,12 @@ from jaxtyping import Array, Float32, Int32
 from qllama_jax.cache import init_cache
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import ContextOverflowError, NumericalError
-from qllama_jax.generate import read_prompts
+from qllama_jax.generate import read_ids, read_prompts
 from qllama_jax.load import Model
-from qllama_jax.matmul import Activations
+from qllama_jax.matmul import Activations, check_activations
 from qllama_jax.model import hidden_states, unembed
 from qllama_jax.params import Params
-from qllama_jax.session_arguments import power_of_two
+from qllama_jax.session_arguments import power_of_two, whole
 
 # Logits that exist at a time: 64 MiB of float32.
 LOGITS = 2**24
@@ -67,6 +67,8 @@ def token_logprobs(
         ValueError: there is no position `first` with a next token.
     """
     B, T = tokens.shape
+    if T < 2:
+        raise ValueError(f"rows of {T} tokens: expected at least 2, a token and its next one")
     if not 0 <= first <= T - 2:
         raise ValueError(f"first={first}: expected 0..{T - 2} for rows of {T} tokens")
     lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
@@ -116,6 +118,7 @@ def score(model: Model, texts: Any, *, activations: Activations = "float") -> An
         NumericalError: a log-probability that is not finite.
         TypeError, ValueError: what is neither text nor token ids of the vocabulary, or is empty.
     """
+    check_activations(activations)
     rows, is_batch = read_prompts(model, texts)
     for i, row in enumerate(rows):
         if row.size > model.config.context_length:
@@ -156,7 +159,7 @@ class Perplexity:
 
 def perplexity(
     model: Model,
-    tokens: Sequence[int],
+    tokens: Any,
     *,
     context: int = 512,
     activations: Activations = "float",
@@ -168,32 +171,41 @@ def perplexity(
     tokens of the second half but its first are scored, so that each has at least half a context
     before it.
 
+    Args:
+        model: from `load`.
+        tokens: token ids, a flat list or array.
+        context: tokens of a chunk, at least 4.
+        activations: as in `matmul`.
+
+    All errors but the last are raised at the call.
+
     Raises:
-        ValueError: a context below 4, or too few tokens for one chunk.
+        ValueError: a context below 4, too few tokens for one chunk, or one outside the vocabulary.
+        TypeError: a text or what else are no token ids, or a context that is no integer.
         ContextOverflowError: `context` is longer than the model's.
         NumericalError: a log-probability that is not finite.
     """
-    if context < 4:
-        raise ValueError(f"context={context}: expected at least 4")
+    check_activations(activations)
+    context = whole("context", context, 4, 2**31 - 1)
     if context > model.config.context_length:
         raise ContextOverflowError(
             f"context={context}: the model's is {model.config.context_length}"
         )
-    ids = np.asarray(tokens, np.int32)
+    ids = read_ids(model, tokens, "tokens")
     count = ids.size // context
     if count == 0:
         raise ValueError(f"{ids.size} tokens, wanted at least {context}, one context")
-    return _perplexity(model, ids[: count * context].reshape(count, context), activations)
+    chunks = ids[: count * context].reshape(count, context)
+    tokenizer = model.tokenizer if model.has_tokenizer else None
+    if tokenizer is not None and tokenizer.add_bos and tokenizer.bos_id is not None:
+        chunks[:, 0] = tokenizer.bos_id  # `read_ids` has made a copy
+    return _perplexity(model, chunks, activations)
 
 
 def _perplexity(model: Model, chunks: np.ndarray, activations: Activations) -> Iterator[Perplexity]:
     _, context = chunks.shape
-    tokenizer = model.tokenizer if model.has_tokenizer else None
     losses: list[np.ndarray] = []
     for i, chunk in enumerate(chunks):
-        chunk = chunk.copy()
-        if tokenizer is not None and tokenizer.add_bos and tokenizer.bos_id is not None:
-            chunk[0] = tokenizer.bos_id
         logprobs = token_logprobs(
             model.params,
             jnp.asarray(chunk[None]),

@@ -84,7 +84,7 @@ class Session:
         prompts: list[np.ndarray],
         *,
         max_new_tokens: int,
-        seed: int | Sequence[int] | np.ndarray,
+        seed: int | Sequence[int] | np.ndarray | jax.Array,
         stop_tokens: frozenset[int],
         sampling: Sampling,
         activations: Activations,

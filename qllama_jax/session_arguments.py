@@ -18,13 +18,19 @@ from qllama_jax.sampling import Sampling
 LAST_SEED = 2**32 - 1
 
 
-def keys_of(seed: int | Sequence[int] | np.ndarray, batch_size: int) -> jax.Array:
+def keys_of(seed: int | Sequence[int] | np.ndarray | jax.Array, batch_size: int) -> jax.Array:
     """Return a key a row: of a seed a row, the key that its prompt alone would have with it.
 
     Raises TypeError, ValueError: no integers in 0..2^32-1, or another number of them than rows.
     """
-    if not isinstance(seed, Sequence | np.ndarray) or np.ndim(seed) == 0:
+    if hasattr(seed, "__array__"):  # numpy's scalars and JAX's arrays too
+        seed = np.asarray(seed)
+        if seed.ndim > 1:
+            raise ValueError(f"seed: expected one, or one a row, found shape {seed.shape}")
+    if isinstance(seed, str | bytes) or not isinstance(seed, Sequence | np.ndarray):
         return row_keys(jax.random.key(whole("seed", seed, 0, LAST_SEED)), batch_size)
+    if isinstance(seed, np.ndarray) and seed.ndim == 0:
+        return row_keys(jax.random.key(whole("seed", seed[()], 0, LAST_SEED)), batch_size)
     seeds = [whole(f"seed[{row}]", value, 0, LAST_SEED) for row, value in enumerate(seed)]
     if len(seeds) != batch_size:
         raise ValueError(f"seed: {len(seeds)} seeds for {batch_size} rows")
@@ -45,11 +51,15 @@ def with_window(sampling: Sampling, most_tokens: int) -> tuple[Sampling, int]:
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """Return an integer in low..high; raises TypeError or ValueError for another value."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if not low <= (value := operator.index(value)) <= high:
-        raise ValueError(f"{name}={value}: expected {low}..{high}")
-    return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # refuses a float, and an array that is no number
+    except TypeError:
+        raise TypeError(f"{name}={value!r}: expected an integer") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name}={number}: expected {low}..{high}")
+    return number
 
 
 def power_of_two(size: int, smallest: int) -> int:

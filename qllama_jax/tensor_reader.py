@@ -86,12 +86,15 @@ class TensorReader:
         tensor = self._left.pop(name, None)
         if tensor is None:
             raise GGUFError(f"{self.file.path}: tensor {quoted(name)} is missing")
-        if tensor.shape[::-1] != shape:
+        # As ggml writes a shape: without the 1 at the end of what is a stack of one.
+        one = shape[0] == 1 and len(shape) > 1 and tensor.shape[::-1] == shape[1:]
+        if tensor.shape[::-1] != shape and not one:
             found, wanted = list(tensor.shape), list(shape[::-1])
             raise GGUFError(
                 f"{self.file.path}: tensor {quoted(name)}: shape {found}, wanted {wanted}"
             )
         block, raw = self._format_of(tensor), tensor.data
+        raw = raw[None] if one else raw
         if self._check_tensors:
             self._check_finite(tensor, block.view(raw))
         self._bytes_done += tensor.nbytes

@@ -187,6 +187,7 @@ class Reference:
         if kind == "linear":
             return frequencies / factor, magnitude
         context = self._key("rope.scaling.original_context_length", self._key("context_length"))
+        # 0 means the model's own context too, but longrope compares with the 0.
         if kind == "longrope":
             # One set of factors, by the context that the model is run at: here the file's.
             size = "long" if self._key("context_length") > context else "short"
@@ -194,6 +195,7 @@ class Reference:
             return frequencies / factors / factor, magnitude
         if kind != "yarn":
             raise NotImplementedError(f"rope scaling {kind!r}")
+        context = context or self._key("context_length")
 
         # YaRN: fast pairs keep their angle, slow ones are stretched, between them it is blended.
         # A pair is fast if it turns more than 32 times in the original context, slow below once.

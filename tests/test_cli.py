@@ -439,6 +439,17 @@ def test_info_counts_what_gguf_py_counts(tiny_llama, capsys):
     assert len(re.findall(r"^ {10}", out, re.MULTILINE)) == len(counts)
 
 
+def test_info_tells_the_experts_of_a_mixture_alone(tiny_llama, capsys):
+    def experts(**options: Any) -> str | None:
+        assert main(["info", str(tiny_llama("Q8_0", layers=1, **options))]) == 0
+        return facts(capsys.readouterr().out).get("experts")
+
+    assert experts(experts=4, experts_used=2) == "4, 2 a token"
+    assert experts(experts=1, experts_used=1) == "1, 1 a token"
+    assert experts(metadata={"llama.expert_count": 1}) is None
+    assert experts() is None
+
+
 def test_info_says_whether_there_is_a_chat_template(chat_path, capsys):
     assert main(["info", chat_path()]) == 0
     assert facts(capsys.readouterr().out)["chat template"] == "yes"

@@ -44,6 +44,9 @@ DEFAULTS = ModelConfig(
 TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
 
 
+ORIGINAL = "rope.scaling.original_context_length"
+
+
 def full(key: str) -> str:
     """Names here leave "llama." out."""
     return key if key.startswith(("general.", "tokenizer.")) else f"llama.{key}"
@@ -87,6 +90,10 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "longest context": ({"context_length": 2**32 - 1}, {"context_length": 2**32 - 1}),
     "no experts": ({"expert_count": 0, "expert_used_count": 0}, {}),
     "one expert": ({"expert_count": 1}, {"num_experts": 1}),
+    "one expert, used": (
+        {"expert_count": 1, "expert_used_count": 1},
+        {"num_experts": 1, "num_experts_per_token": 1},
+    ),
     "experts": (
         {"expert_count": 8, "expert_used_count": 2},
         {"num_experts": 8, "num_experts_per_token": 2},
@@ -131,6 +138,14 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope.scaling.type": "yarn", "rope.scaling.factor": 16.0},
         scaled("yarn", 16.0, 128),
     ),
+    "yarn from a context of 0, which is none": (
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 16.0, ORIGINAL: 0},
+        scaled("yarn", 16.0, 128),
+    ),
+    "longrope from a context of 0": (
+        {"rope.scaling.type": "longrope", ORIGINAL: 0},
+        scaled("longrope", 1.0, 0),
+    ),
     "longrope without a factor": (
         {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": 1.25},
         scaled("longrope", 1.0, 128, 1.25),
@@ -162,7 +177,6 @@ HEADS, KV = "attention.head_count", "attention.head_count_kv"
 KEY, VALUE = "attention.key_length", "attention.value_length"
 EPS, BASE_KEY = "attention.layer_norm_rms_epsilon", "rope.freq_base"
 SCALING, FACTOR, ATTN = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"
-ORIGINAL = "rope.scaling.original_context_length"
 PER_LAYER = np.array([4, 4], np.int32)
 
 # What is wrong -> (keys, the key that the error names, found, wanted)
@@ -290,7 +304,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "attention factor 0": ({ATTN: 0.0}, ATTN, "0.0", "a finite number above 0"),
     "attention factor NaN": ({ATTN: NAN}, ATTN, "nan", "a finite number above 0"),
-    "no original context": ({ORIGINAL: 0}, ORIGINAL, "the int 0", "an integer in 1..4294967295"),
+    "original context": ({ORIGINAL: 2**32}, ORIGINAL, "the int 4294967296", "in 0..4294967295"),
     "no tokens": ({"vocab_size": None, TOKENS: []}, TOKENS, "0 tokens", "1.."),
     "vocabulary of 0": ({"vocab_size": 0}, "vocab_size", "0 tokens", "1..2147483647"),
     "vocabulary of 2^31": ({"vocab_size": 2**31}, "vocab_size", "2147483648 tokens", "1.."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -12,7 +13,11 @@ import pytest
 
 import qllama_jax as ql
 from qllama_jax import decoding, layerwise, session
+from qllama_jax.metadata import Metadata
 from qllama_jax.params import Linear
+from qllama_jax.row_text import stop_strings
+from qllama_jax.sampling_ranges import read_logit_bias
+from qllama_jax.session_arguments import keys_of
 from reference import Reference
 
 PROMPTS = [[5, 17, 300, 42, 9], [7], [11, 12, 13, 250, 251, 252, 253, 254, 100, 101, 102, 3, 8]]
@@ -631,6 +636,18 @@ def test_stats_count_tokens(model):
         ([1], {"temperature": "warm"}, TypeError, "temperature='warm'"),
         ([1], {"top_k": np.asarray([1, 2])}, ValueError, "top_k.*1 rows"),
         ({"role": "x"}, {}, TypeError, "dict"),
+        (b"hello", {}, TypeError, "prompt: .* found bytes"),
+        ([b"hello"], {}, TypeError, "prompt 0: .* found bytes"),
+        (np.array(5), {}, TypeError, r"prompt: .* found a number, array\(5\)"),
+        ([[1, [2]]], {}, TypeError, "prompt 0: .* several lengths or depths"),
+        ([1, [2]], {}, TypeError, "prompt: .* several lengths or depths"),
+        ([[1], 2], {}, TypeError, "prompt 1: .* found int"),
+        ([1, True], {}, TypeError, "prompt: .* bool"),
+        (np.ones((2, 0), int), {}, ValueError, "prompt 0: no tokens"),
+        ([1], {"seed": np.array([[1]])}, ValueError, r"seed: .* found shape \(1, 1\)"),
+        ([1], {"seed": b"1"}, TypeError, "seed=b'1'"),
+        ([1], {"seed": np.array(1.5)}, TypeError, "seed="),
+        ([1], {"max_new_tokens": np.array([5])}, TypeError, "max_new_tokens"),
         (iter([1, 2]), {}, TypeError, "iterator"),
         (None, {}, TypeError, "NoneType"),
         ([1], {"temperature": -1}, ValueError, "temperature=-1"),
@@ -644,6 +661,125 @@ def test_bad_arguments_are_refused_before_any_work(model, prompt, options, error
         ql.generate(model, prompt, **options)
     with pytest.raises((error, TypeError)):
         ql.stream(model, prompt, **options)
+
+
+def test_none_is_no_stop_and_no_ban(model, path):
+    options: dict[str, Any] = {"stop": None, "banned_tokens": None, "ignore_eos": True}
+    result = ql.generate(model, PROMPTS[0], max_new_tokens=4, **options)
+    assert result.tokens == Reference(path).greedy(PROMPTS[0], 4)
+
+
+@pytest.mark.parametrize(("stop", "kind"), [(5, "int"), (b"ab", "bytes"), ([5], "int")])
+def test_a_stop_that_is_no_text_is_refused_by_its_kind(stop, kind):
+    unchecked: Any = inspect.unwrap(stop_strings)  # types are checked in tests alone
+    with pytest.raises(TypeError, match=f"^stop: expected .*, found {kind}$"):
+        unchecked(stop)
+
+
+def test_a_ban_that_is_no_list_is_refused_by_its_kind():
+    unchecked: Any = inspect.unwrap(read_logit_bias)
+    with pytest.raises(TypeError, match=r"^banned_tokens: expected token ids, found int$"):
+        unchecked(0.0, 5, 384, 1)
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, jnp.asarray])
+def test_seeds_of_any_kind_are_the_keys_of_the_rows_alone(kind):
+    keys = keys_of(kind([1, 7]), 2)
+    for key, seed in zip(keys, (1, 7), strict=True):
+        expected = jax.random.fold_in(jax.random.key(seed), 0)
+        assert jax.random.key_data(key).tolist() == jax.random.key_data(expected).tolist()
+    number: Any = 7 if kind is list else kind(7)
+    expected = jax.random.fold_in(jax.random.key(7), 0)
+    assert jax.random.key_data(keys_of(number, 1)).tolist() == [
+        jax.random.key_data(expected).tolist()
+    ]
+
+
+BAD_SAMPLING: dict[str, tuple[dict[str, Any], str]] = {
+    "negative": ({"temperature": -1.0}, "temperature=-1.0"),
+    "nan": ({"temperature": float("nan")}, "temperature=nan"),
+    "of a row": ({"top_p": np.asarray([0.5, np.nan], np.float32)}, "top_p="),
+    "jax's": ({"repeat_penalty": jnp.asarray(0.0)}, "repeat_penalty="),
+    "rows": ({"top_k": np.asarray([1, 2, 3])}, r"top_k: \(3,\) numbers for 2 rows"),
+    "bias": ({"logit_bias": np.zeros(7, np.float32)}, r"logit_bias: .* found shape \(7,\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLING)
+def test_the_pure_functions_refuse_concrete_parameters_out_of_range(model, name):
+    fields, message = BAD_SAMPLING[name]
+    sampling = ql.Sampling(**fields)
+    cache = ql.init_cache(model.config, 2, 8)
+    recent = jnp.full((2, 64), -1, jnp.int32)
+    keys, none = ql.row_keys(jax.random.key(0), 2), jnp.zeros((0,), jnp.int32)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ql.start_decoding(jnp.zeros((2, 384)), cache, recent, keys, sampling, none)
+    zeros = jnp.zeros((2,), jnp.int32)
+    state = ql.DecodeState(cache, zeros, recent, keys, zeros, zeros)
+    options: dict[str, Any] = {"config": model.config, "max_steps": 1}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ql.decode_many(model.params, state, sampling, none, 1, **options)
+
+
+def test_a_traced_bias_of_another_shape_is_refused_by_its_name(model, generate_tokens):
+    with pytest.raises(ValueError, match=r"^logit_bias: .* \(3, 384\), found shape \(3, 7\)"):
+        run(generate_tokens, model, PROMPTS, 2, logit_bias=jnp.zeros((3, 7)))
+
+
+def test_stop_tokens_may_be_a_list(model, path, generate_tokens):
+    tokens = Reference(path).greedy(PROMPTS[0], 6)
+    end = tokens.index(tokens[3]) + 1
+    prompt, lengths = padded(PROMPTS[:1])
+    for stop, length in (([383, tokens[3]], end), ([], 6)):
+        out = generate_tokens(
+            model.params,
+            prompt,
+            lengths,
+            jax.random.key(0),
+            config=model.config,
+            sampling=ql.Sampling(),
+            max_new_tokens=6,
+            stop_tokens=stop,
+        )
+        assert out.tokens[0, : int(out.lengths[0])].tolist() == tokens[:length]
+
+
+@pytest.mark.parametrize("stop", [frozenset({5}), 5, [1.5], [[1]], [True], np.int32(5)], ids=str)
+def test_stop_tokens_that_are_no_list_of_ids_are_refused(stop):
+    with pytest.raises(TypeError, match=r"^stop_tokens: expected a list of ids or int32\[K\], fo"):
+        decoding.stop_ids(stop)
+
+
+def test_a_history_of_other_rows_is_refused():
+    unchecked: Any = inspect.unwrap(ql.recent_tokens)
+    for shape in ((2, 5), (5,)):
+        with pytest.raises(ValueError, match=r"history of shape .*: expected \(3, H\)"):
+            unchecked(*padded(PROMPTS), jnp.zeros(shape, jnp.int32))
+
+
+def test_a_prompt_without_tokens_is_refused_by_the_pure_function(model):
+    with pytest.raises(ValueError, match="0 tokens a row"):
+        ql.generate_tokens(
+            model.params,
+            jnp.zeros((1, 0), jnp.int32),
+            jnp.zeros((1,), jnp.int32),
+            jax.random.key(0),
+            config=model.config,
+            sampling=ql.Sampling(),
+            max_new_tokens=1,
+            stop_tokens=[],
+        )
+
+
+def test_a_cache_with_room_goes_on_and_a_full_one_says_so(model, path, generate_tokens):
+    tokens = Reference(path).greedy(PROMPTS[0], 7)
+    first = run(generate_tokens, model, PROMPTS[:1], 3)
+    assert first.tokens[0].tolist() == tokens[:3]
+    with pytest.raises(ql.ContextOverflowError, match="the cache has 19"):
+        run(generate_tokens, model, [tokens[2:3]], 4, cache=first.cache)
+    roomy = ql.resize_cache(first.cache, 64)
+    second = run(generate_tokens, model, [tokens[2:3]], 4, cache=roomy, history=first.history)
+    assert second.tokens[0].tolist() == tokens[3:]
 
 
 def test_the_pure_function_checks_lengths_statically(model, generate_tokens):
@@ -680,6 +816,20 @@ def test_a_failing_row_gives_all_its_good_tokens_first_however_the_work_is_cut(
     with pytest.raises(ql.NumericalError, match=f"generated token {fatal + 1} "):
         tokens.extend(piece.token for piece in pieces)
     assert tokens == free[: fatal + 1]
+
+
+def test_a_file_of_an_unknown_pre_tokenizer_takes_ids_and_gives_text(tiny_llama):
+    path = tiny_llama("Q8_0", tokenizer="gpt2", layers=1)
+    known = ql.load(path, layout="file")
+    metadata = Metadata({**known.metadata, "tokenizer.ggml.pre": "gpt-99"})
+    model = dataclasses.replace(known, metadata=metadata)
+    result = ql.generate(model, PROMPTS[0], max_new_tokens=6, ignore_eos=True)
+    assert result.tokens == Reference(path).greedy(PROMPTS[0], 6)
+    assert result.text == known.tokenizer.decode(result.tokens, continues=True)
+    (perplexity,) = ql.perplexity(model, PROMPTS[2], context=12)
+    assert np.isfinite(perplexity.value)
+    with pytest.raises(ql.GGUFError, match="gpt-99"):
+        ql.generate(model, "text")
 
 
 def test_a_file_without_a_vocabulary_takes_and_gives_ids(tiny_llama):

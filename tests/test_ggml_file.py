@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import struct
 from collections.abc import Callable
@@ -201,6 +202,11 @@ def test_grouped_queries_are_inferred_and_a_given_number_must_agree(
     with pytest.raises(ValueError, match=r"gqa=2 .* GGUF file says it itself") as caught:
         ql.load(source, gqa=2)
     assert not isinstance(caught.value, GGUFError)
+    unchecked: Any = inspect.unwrap(ql.read_model_file)  # types are checked in tests alone
+    for no_integer in ("2", 2.0, True):
+        for file in (path, source):
+            with pytest.raises(TypeError, match=f"gqa={no_integer!r}: expected an integer"):
+                unchecked(file, gqa=no_integer)
     for kv_heads in (1, 4):
         options: dict[str, Any] = OPTIONS | {"kv_heads": kv_heads, "layers": 1}
         gguf_path = write_tiny_llama(tmp_path / "s.gguf", "F32", **options)

@@ -115,8 +115,9 @@ def test_a_path_below_a_file_or_with_a_nul_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(BASE)
     assert "cannot be read: Not a directory" in refused(path / "below")
-    with pytest.raises(GGUFError, match=r"m\\x00\.gguf': no such file"):
-        read_gguf(tmp_path / "m\0.gguf")
+    # Not below tmp_path: an error shortens a long name.
+    with pytest.raises(GGUFError, match=r"^'/m\\x00\.gguf': no such file"):
+        read_gguf("/m\0.gguf")
 
 
 def test_a_link_to_a_file_is_read(tmp_path):

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from qllama_jax.errors import GGUFError
 from qllama_jax.hub import is_hub_name
+from qllama_jax.model_file import read_model_file
 from tiny import write_tiny_llama
 
 COMMIT = "0" * 40
@@ -76,6 +78,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     files["sub/other-Q8_0.gguf"] = files["tiny-q8_0.gguf"]
     files["big-Q6_K-00001-of-00002.gguf"] = b"GGUF first"
     files["big-Q6_K-00002-of-00002.gguf"] = b"GGUF second"
+    files["mmproj-tiny-Q4_0.gguf"] = files["MMPROJ-Q4_0.gguf"] = b"GGUF of images"
+    files["imatrix-tiny-Q4_0.gguf"] = b"GGUF of statistics"
+    for name in ("a-Q3_K_M", "a-UD-Q3_K_M", "a-Q3_K_M-old"):
+        files[f"{name}.gguf"] = b"GGUF"
+    for count in (2, 3):  # the same name, cut twice
+        for part in range(1, count + 1):
+            files[f"cut-Q2_K-{part:05d}-of-{count:05d}.gguf"] = b"GGUF"
+    files["IQ1_S/m-00001-of-00002.gguf"] = files["IQ1_S/m-00002-of-00002.gguf"] = b"GGUF"
     server = Hub(files)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -130,24 +140,66 @@ def test_the_command_line_takes_a_name_wherever_it_takes_a_file(hub: Hub, tmp_pa
     assert "'tiny-q4_0.gguf', GGUF version 3" in ask(hub, tmp_path, call)
 
 
+FETCH = """
+from qllama_jax.hub import fetch
+path = fetch({!r})
+print(path.name, *sorted(other.name for other in path.parent.iterdir()))
+"""
+
+
 def test_all_parts_of_a_split_file_are_fetched(hub: Hub, tmp_path: Path):
-    fetch = (
-        "from qllama_jax.hub import fetch; p = fetch({!r});"
-        " print(p.name, len(list(p.parent.iterdir())))"
-    )
-    wanted = "big-Q6_K-00001-of-00002.gguf 2"
-    assert ask(hub, tmp_path / "a", fetch.format("some/model:Q6_K")) == wanted
-    name = "hf://some/model/big-Q6_K-00001-of-00002.gguf"
-    assert ask(hub, tmp_path / "b", fetch.format(name)) == wanted
+    both = "big-Q6_K-00001-of-00002.gguf big-Q6_K-00002-of-00002.gguf"
+    first, second = both.split()
+    assert ask(hub, tmp_path / "a", FETCH.format("some/model:Q6_K")) == f"{first} {both}"
+    for part in (first, second):
+        name = f"hf://some/model/{part}"
+        assert ask(hub, tmp_path / part, FETCH.format(name)) == f"{part} {both}"
+
+
+def test_the_parts_are_those_that_the_name_counts_and_come_from_the_cache_offline(
+    hub: Hub, tmp_path: Path
+):
+    three = [f"cut-Q2_K-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+    code = FETCH.format(f"hf://some/model/{three[1]}")
+    wanted = " ".join([three[1], *three])
+    assert ask(hub, tmp_path, code) == wanted
+    assert ask(hub, tmp_path, code, HF_HUB_OFFLINE="1") == wanted
+
+
+@pytest.mark.parametrize(
+    ("tag", "file"),
+    [
+        ("Q4_0", "tiny-q4_0.gguf"),  # beside what belongs to a model and is none
+        ("Q3_K_M", "a-Q3_K_M.gguf"),
+        ("UD-Q3_K_M", "a-UD-Q3_K_M.gguf"),
+        ("IQ1_S", "m-00001-of-00002.gguf"),  # by its folder
+    ],
+)
+def test_a_tag_means_the_plainest_model_that_has_it(hub: Hub, tmp_path: Path, tag: str, file: str):
+    code = f"from qllama_jax.hub import fetch; print(fetch('some/model:{tag}').name)"
+    assert ask(hub, tmp_path, code) == file
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("some/model:Q5_K", "0 files of that name; there are big-Q6_K-00001-of-00002.gguf, "),
-        ("some/model:Q4", "0 files of that name"),
-        ("some/model:Q8_0", "2 files of that name; there are sub/other-Q8_0, tiny-q8_0"),
+        ("some/model:Q5_K", "no model of that name; there are IQ1_S/m-00001-of-00002.gguf, a-Q3_"),
+        ("some/model:Q4", "no model of that name"),
+        (
+            "some/model:Q8_0",
+            "2 models of that name; give one in full: hf://some/model/sub/other-Q8_0.gguf,"
+            " hf://some/model/tiny-q8_0.gguf",
+        ),
+        (
+            "some/model:Q2_K",
+            "2 models of that name; give one in full: hf://some/model/cut-Q2_K-00001-of-00002.gguf,"
+            " hf://some/model/cut-Q2_K-00001-of-00003.gguf",
+        ),
         ("hf://some/model/none.gguf", "the hub does not give it: 404"),
+        ("hf://some/model/none-00001-of-00002.gguf", "the hub does not give it: 404"),
+        ("hf://some/model/a-00001-of-00000.gguf", "part 1 of 0, wanted a part in 1..0"),
+        ("hf://some/model/a-00003-of-00002.gguf", "part 3 of 2, wanted a part in 1..2"),
+        ("hf://some/model/a-00000-of-00002.gguf", "part 0 of 2, wanted a part in 1..2"),
         ("hf://some/nothing/a.gguf", "the hub does not give it: "),
         ("hf://some/model", "wanted hf://owner/repo/file.gguf or owner/repo:QUANTIZATION"),
     ],
@@ -158,6 +210,26 @@ def test_what_the_hub_has_not_or_has_twice_is_refused(
     printed = ask(hub, tmp_path, REFUSED.format(name))
     assert printed.startswith(f"{name}: ")
     assert says in printed
+
+
+def test_a_repository_without_a_model_is_said_to_have_none(tmp_path: Path):
+    server = Hub({"README.md": b"", "mmproj-Q8_0.gguf": b"GGUF"})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        printed = ask(server, tmp_path, REFUSED.format("some/model:Q8_0"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert printed.endswith("no model of that name: the repository has no .gguf file of a model")
+
+
+def test_a_hub_name_in_a_path_is_told_to_be_a_str(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(GGUFError, match=r"^hf:/a/b/c\.gguf: no such file; .* as a str"):
+        read_model_file(Path("hf://a/b/c.gguf"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf:").mkdir()
+    write_tiny_llama(tmp_path / "hf:" / "c.gguf", **SMALL)  # type: ignore[arg-type]
+    assert "token_embd.weight" in read_model_file(Path("hf:/c.gguf")).tensors
 
 
 def test_a_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

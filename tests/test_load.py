@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QType
@@ -20,6 +21,7 @@ from gguf_bytes import read_with_gguf_py
 from qllama_jax.matmul.cpu import CPUWeight
 from qllama_jax.params import DenseBlock
 from qllama_jax.quants import Block
+from reference import Reference
 
 FORMATS = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
@@ -468,6 +470,43 @@ def test_longrope_without_its_factors_is_refused(tiny_llama: TinyLlama, tmp_path
     name = f"rope_factors_{kind}.weight"
     whole = tiny_llama(layers=1, longrope=True, metadata=keys)
     assert refused(edited(whole, tmp_path / "a.gguf", drop=name)) == (f"tensor {name!r} is missing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "same"),
+    [("yarn", 96), ("longrope", 95)],
+    ids=["yarn: the model's own context", "longrope: the long factors"],
+)
+def test_an_original_context_of_0_means_what_it_means_to_llama_cpp(
+    tiny_llama: TinyLlama, kind: str, same: int
+):
+    def path(original: int) -> Path:
+        keys = {"type": kind, "factor": 4.0, "original_context_length": original}
+        return tiny_llama(
+            layers=1,
+            longrope=kind == "longrope",
+            context_length=96,
+            metadata={f"llama.rope.scaling.{key}": value for key, value in keys.items()},
+        )
+
+    model = ql.load(path(0))
+    jax.tree.map(np.testing.assert_array_equal, model.params.rope, ql.load(path(same)).params.rope)
+    tokens = list(range(5, 45))
+    logits, _ = ql.forward(
+        model.params,
+        jnp.asarray([tokens], jnp.int32),
+        ql.init_cache(model.config, 1, 40),
+        config=model.config,
+    )
+    wanted = Reference(path(0)).logits(tokens)
+    np.testing.assert_allclose(logits[0], wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+@pytest.mark.parametrize("template", [5, b"{{ messages }}"])
+def test_a_template_that_is_no_text_is_refused_at_load(tiny_llama: TinyLlama, template: Any):
+    unchecked: Any = inspect.unwrap(ql.load)
+    with pytest.raises(TypeError, match=r"chat_template: expected .* a str, found (int|bytes)"):
+        unchecked(tiny_llama("Q8_0"), chat_template=template)
 
 
 def test_longrope_factors_of_a_file_without_longrope_are_refused(tiny_llama: TinyLlama):

@@ -576,6 +576,8 @@ def test_shapes_that_do_not_fit_are_refused(small: Small):
         forward(tokens, small.cache(2))
     with pytest.raises(ValueError, match="8 tokens a row do not fit a cache of 7 positions"):
         forward(tokens, small.cache(room=7))
+    with pytest.raises(ValueError, match="0 tokens a row, expected at least 1"):
+        forward(tokens[:, :0], small.cache())
     with pytest.raises(ValueError, match="neither tokens nor inputs_embeds"):
         hidden_of(small, tokens=None)
     with pytest.raises(

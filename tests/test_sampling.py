@@ -556,9 +556,12 @@ def test_the_ends_of_every_range_are_allowed_and_traced_values_not_looked_at():
         {"penalty_last_n": np.asarray([0, 64]), "typical_p": 1},
         {"logit_bias": np.asarray([[-np.inf, 0.0], [1e30, -np.inf]])},
         {"logit_bias": jnp.asarray([-100.0, 100.0])},
+        {"logit_bias": jnp.asarray([-1, 1], jnp.bfloat16)},
         {"logit_bias": 0},
     ):
         check_sampling(ql.Sampling(**values))
+    for values in ({}, {"logit_bias": np.ones((2, 3))}, {"logit_bias": np.ones(3)}):
+        check_sampling(ql.Sampling(**values).per_row(2), 2, 3)
 
     @jax.jit
     def traced(value: jax.Array) -> jax.Array:
@@ -566,3 +569,17 @@ def test_the_ends_of_every_range_are_allowed_and_traced_values_not_looked_at():
         return value
 
     assert float(traced(-1.0)) == -1.0
+
+
+def test_of_traced_parameters_the_shapes_are_looked_at():
+    @jax.jit
+    def traced(sampling: ql.Sampling) -> None:
+        check_sampling(sampling, 2, 5)
+
+    traced(ql.Sampling())
+    traced(ql.Sampling(logit_bias=np.zeros(5, np.float32)).per_row(2))
+    with pytest.raises(ValueError, match=r"^top_p: \(3,\) numbers for 2 rows"):
+        traced(ql.Sampling(top_p=np.ones(3, np.float32)))
+    for shape in ((4,), (3, 5), (5, 1)):
+        with pytest.raises(ValueError, match=r"^logit_bias: .*found shape"):
+            traced(ql.Sampling(logit_bias=np.zeros(shape, np.float32)))

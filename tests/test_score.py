@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,45 @@ def test_what_cannot_be_scored_is_refused(model: ql.Model):
         ql.score(model, [1, V])
     with pytest.raises(ValueError, match="15 tokens, wanted at least 16"):
         ql.perplexity(model, tokens_of(15), context=16)
-    with pytest.raises(ValueError, match="context=3: expected at least 4"):
+    with pytest.raises(ValueError, match=r"context=3: expected 4\.\."):
         ql.perplexity(model, tokens_of(15), context=3)
     with pytest.raises(ql.ContextOverflowError, match="context=65: the model's is 64"):
         ql.perplexity(model, tokens_of(80), context=65)
+
+
+TEN = list(range(3, 13))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "message"),
+    [
+        ("a text of some length", {}, TypeError, "tokens: .*, found str"),
+        (b"a text of some length", {}, TypeError, "tokens: .*, found bytes"),
+        ([float(t) for t in TEN], {}, TypeError, "tokens: .*, found float64"),
+        ([True] * 10, {}, TypeError, "tokens: .*bool"),
+        ([*TEN, V], {}, ValueError, f"tokens: token id {V} at index 10 is outside"),
+        ([3, -1, *TEN], {}, ValueError, "tokens: token id -1 at index 1 is outside"),
+        ([2**32 + 5, *TEN], {}, ValueError, "tokens: token id 4294967301 at index 0"),
+        (np.asarray([TEN, TEN]), {}, TypeError, r"tokens: .* of shape \(2, 10\)"),
+        (TEN, {"context": 8.0}, TypeError, "context=8.0: expected an integer"),
+        (TEN, {"activations": "int4"}, ValueError, "activations='int4'"),
+    ],
+    ids=str,
+)
+def test_perplexity_refuses_at_the_call_what_are_no_tokens(
+    model: ql.Model, tokens: Any, options: dict[str, Any], error: type, message: str
+):
+    unchecked: Any = inspect.unwrap(ql.perplexity)  # types are checked in tests alone
+    with pytest.raises(error, match=message):
+        unchecked(model, tokens, **{"context": 8, **options})
+
+
+def test_perplexity_takes_an_array_and_leaves_it_as_it_is(model: ql.Model, path: Path):
+    tokens = np.asarray(TEN, np.int32)
+    (found,) = ql.perplexity(model, tokens, context=8)
+    losses = -wanted(path, [1, *TEN[1:8]])[4:]  # 1 is BOS
+    assert math.isclose(found.value, math.exp(np.mean(losses)), rel_tol=3e-5)
+    assert tokens.tolist() == TEN
 
 
 def test_a_weight_that_is_nan_is_an_error_not_a_score(model: ql.Model):
@@ -134,3 +170,5 @@ def test_a_first_position_without_a_next_token_is_refused(model: ql.Model):
             ql.token_logprobs(
                 model.params, jnp.zeros((1, 8), jnp.int32), config=model.config, first=first
             )
+    with pytest.raises(ValueError, match="rows of 1 tokens: expected at least 2"):
+        ql.token_logprobs(model.params, jnp.zeros((1, 1), jnp.int32), config=model.config)

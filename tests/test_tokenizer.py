@@ -169,9 +169,27 @@ def test_missing_pre_means_default(gpt2_metadata):
     assert ids == VECTORS["pretokenizers"]["default"]
 
 
-def test_unknown_pre_is_refused_by_name():
-    with pytest.raises(GGUFError, match=r"'gpt-99', wanted .*llama-bpe.*smollm"):
-        Tokenizer.from_metadata(bpe_metadata(pre="gpt-99"))
+@pytest.mark.parametrize("text", ["ab", "", "<|im_end|>"])
+def test_unknown_pre_is_refused_by_name_when_a_text_is_encoded(text):
+    tokenizer = Tokenizer.from_metadata(bpe_metadata(pre="gpt-99"))
+    for _ in range(2):
+        with pytest.raises(GGUFError, match=r"'gpt-99', wanted .*llama-bpe.*smollm"):
+            tokenizer.encode(text)
+    with pytest.raises(TypeError):
+        tokenizer.encode(b"ab")  # pyright: ignore
+
+
+def test_all_but_encoding_works_with_an_unknown_pre():
+    known = Tokenizer.from_metadata(bpe_metadata())
+    tokenizer = Tokenizer.from_metadata(bpe_metadata(pre="gpt-99", add_bos_token=True))
+    ids = list(range(5))
+    for skip_special in (True, False):
+        expected = known.decode(ids, skip_special=skip_special)
+        assert tokenizer.decode(ids, skip_special=skip_special) == expected
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (4, True)
+    assert tokenizer.eog_ids == known.eog_ids == {4}
+    silent = Tokenizer.from_metadata(bpe_metadata(pre="gpt-99", bos_token_id=None))
+    assert (silent.bos_id, silent.add_bos) == (None, False)
 
 
 def test_equal_scores_merge_leftmost_first():

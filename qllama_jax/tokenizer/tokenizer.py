@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from qllama_jax.chat_template import ChatTemplateError, render_chat
+from qllama_jax.errors import GGUFError
 from qllama_jax.metadata import Metadata
 from qllama_jax.model_file import read_model_file
 from qllama_jax.tokenizer.bpe import SPACE, ScoredBPE
@@ -59,8 +60,10 @@ class Tokenizer:
         """Tokenizer of a GGUF file's key-value section.
 
         `chat_template` takes the place of the file's. Raises GGUFError naming the key where the
-        vocabulary is broken, or its model or pre-tokenizer is not supported.
+        vocabulary is broken or its model is not supported, TypeError for a template that is no
+        text. A pre-tokenizer that is not supported is an error of `encode` alone.
         """
+        check_chat_template(chat_template)
         if not isinstance(metadata, Metadata):
             metadata = Metadata(metadata)
         if chat_template is None:
@@ -82,14 +85,17 @@ class Tokenizer:
         on request, whatever the file says, since a prompt that ends in EOS is finished.
 
         Raises TypeError for anything but a string; ValueError for a lone surrogate, and for BOS or
-        EOS where the vocabulary has none.
+        EOS where the vocabulary has none; GGUFError where the file's pre-tokenizer is unknown.
         """
         _check_text(text)
+        bpe = self._vocabulary.bpe
+        if bpe is None:
+            raise GGUFError(self._vocabulary.unknown_pre)
         ids: list[int] = []
         if self.add_bos if add_bos is None else add_bos:
             ids.append(_required(self.bos_id, "BOS"))
         vocabulary = self._vocabulary
-        scored = isinstance(vocabulary.bpe, ScoredBPE)
+        scored = isinstance(bpe, ScoredBPE)
         at_start = True
         for fragment in _cut(vocabulary, text, parse_special):
             if isinstance(fragment, int):
@@ -99,7 +105,7 @@ class Tokenizer:
             if scored:
                 prefix = " " if vocabulary.add_space_prefix and at_start else ""
                 fragment = (prefix + fragment).replace(" ", SPACE)
-            ids += vocabulary.bpe.encode(fragment)
+            ids += bpe.encode(fragment)
             at_start = False
         if add_eos:
             ids.append(_required(self.eos_id, "EOS"))
@@ -179,6 +185,13 @@ class Tokenizer:
         if not 0 <= index < self.vocab_size:
             raise ValueError(f"token id {index} is not in 0..{self.vocab_size - 1}")
         return index
+
+
+def check_chat_template(chat_template: Any) -> None:
+    """Raise TypeError unless a template that is given is a text."""
+    if not isinstance(chat_template, str | None):
+        found = type(chat_template).__name__
+        raise TypeError(f"chat_template: expected a Jinja template as a str, found {found}")
 
 
 def _cut(vocabulary: Vocabulary, text: str, parse_special: bool) -> list[str | int]:

@@ -11,7 +11,7 @@ import numpy as np
 from qllama_jax.errors import quoted
 from qllama_jax.metadata import Metadata
 from qllama_jax.tokenizer.bpe import BYTE_OF, SPACE, ByteLevelBPE, ScoredBPE
-from qllama_jax.tokenizer.pretokenizers import PRETOKENIZERS
+from qllama_jax.tokenizer.pretokenizers import PRETOKENIZERS, PreTokenizer
 from qllama_jax.tokenizer.special_tokens import SPLIT_TYPES, TokenType, resolve_types, token_id
 
 MODELS = ("gpt2", "llama")
@@ -23,13 +23,14 @@ class Vocabulary:
 
     `special` holds the ids whose texts are cut out of the input, in the order in which that is
     done; white space after those in `rstrip` goes with them. `add_space_prefix` (SentencePiece
-    only): text after a special token, or at the start, gets a space in front.
+    only): text after a special token, or at the start, gets a space in front. `bpe` is None where
+    the pre-tokenizer is not known: then `unknown_pre` says so, and no text can be encoded.
     """
 
     tokens: Sequence[str]
     ids: Mapping[str, int]
     types: Sequence[TokenType]
-    bpe: ByteLevelBPE | ScoredBPE
+    bpe: ByteLevelBPE | ScoredBPE | None
     bos_id: int | None
     eos_id: int | None
     eog_ids: frozenset[int]
@@ -38,6 +39,7 @@ class Vocabulary:
     add_space_prefix: bool
     special: Sequence[int]
     rstrip: frozenset[int]
+    unknown_pre: str
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes that a token stands for; of a special one the bytes of its text."""
@@ -70,14 +72,18 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
 
     name = "default" if model == "llama" else metadata.get_str("tokenizer.ggml.pre", "default")
     pre = PRETOKENIZERS.get(name)
+    unknown_pre = ""
     if pre is None:
         wanted = f"one of the supported pre-tokenizers: {', '.join(sorted(PRETOKENIZERS))}"
-        raise metadata.error("tokenizer.ggml.pre", quoted(name), wanted)
-    defaults = (1, 2) if model == "llama" else (11 if pre.has_bos else None, 11)
+        unknown_pre = str(metadata.error("tokenizer.ggml.pre", quoted(name), wanted))
+    # What an unknown one implies nobody can tell: then there is only what the file says.
+    switches = pre or PreTokenizer((), has_bos=False)
+    defaults = (1, 2) if model == "llama" else (11 if switches.has_bos else None, 11)
     bos_id = token_id(metadata, "bos_token_id", len(tokens), defaults[0])
     eos_id = token_id(metadata, "eos_token_id", len(tokens), defaults[1])
     eog_ids = resolve_types(metadata, ids, types, eos_id)
-    add_bos = metadata.get_bool("tokenizer.ggml.add_bos_token", model == "llama" or pre.add_bos)
+    add_bos = model == "llama" or switches.add_bos
+    add_bos = metadata.get_bool("tokenizer.ggml.add_bos_token", add_bos)
     add_eos = metadata.get_bool("tokenizer.ggml.add_eos_token", False)
     for key, wanted_id, special_id in (("bos", add_bos, bos_id), ("eos", add_eos, eos_id)):
         if wanted_id and special_id is None:
@@ -86,11 +92,11 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
 
     special = [i for i, kind in enumerate(types) if kind in SPLIT_TYPES]
     special.sort(key=lambda i: -len(tokens[i].encode()))
-    bpe = (
-        ScoredBPE(ids, scores)
-        if model == "llama"
-        else ByteLevelBPE(ids, _merges(metadata, ids), pre)
-    )
+    bpe = None
+    if model == "llama":
+        bpe = ScoredBPE(ids, scores)
+    elif pre is not None:
+        bpe = ByteLevelBPE(ids, _merges(metadata, ids), pre)
     return Vocabulary(
         tokens=tokens,
         ids=ids,
@@ -105,6 +111,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         and metadata.get_bool("tokenizer.ggml.add_space_prefix", True),
         special=special,
         rstrip=_rstrip(metadata, ids, special),
+        unknown_pre=unknown_pre,
     )
 
 
