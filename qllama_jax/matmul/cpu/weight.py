@@ -95,6 +95,18 @@ class CPUWeight:
         *lead, groups, group, tiles, lanes = values.shape
         return values.reshape(*lead, groups * group, tiles * lanes)[..., : self.out]
 
+    def offsets(self) -> Float32[Array, "*G tiles lanes"]:
+        """Return scale (middle - zero) + minimum, of each group's weights.
+
+        With it the sum of w x over a group is scale * sum((q - middle) x) + offset * sum(x).
+        """
+        assert self.scale is not None
+        offset = _full_scale(self.scale, self.super_scale) * np.float32(self.layout.excess)
+        if self.minimum is None:
+            return offset
+        minimum = _full_scale(self.minimum, self.super_minimum)
+        return offset - minimum if self.layout.subtracts_minimum else offset + minimum
+
     def dequantize_rows(self, rows: Int32[Array, "*rows"]) -> Float32[Array, "*rows in"]:
         """Return `dequantize()[rows]`; only those rows are read."""
 
