@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -838,3 +839,30 @@ def test_a_file_without_a_vocabulary_takes_and_gives_ids(tiny_llama):
     assert (len(result.tokens), result.text) == (4, "")
     with pytest.raises(ql.GGUFError):
         ql.generate(model, "text")
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="XLA fuses across a barrier, and copies the cache"
+)
+def test_a_decoding_step_writes_to_the_cache_in_place(path):
+    model = ql.load(path)
+    config, S = model.config, 272
+    K, H = config.num_kv_heads, config.head_dim
+    row = jnp.zeros((1,), jnp.int32)
+    state = decoding.DecodeState(
+        cache=ql.init_cache(config, 1, S),
+        token=row,
+        recent=jnp.zeros((1, 64), jnp.int32),
+        keys=decoding.row_keys(jax.random.key(0), 1),
+        finish=row,
+        generated=row,
+    )
+    decode = jax.jit(
+        decoding.decode_many, static_argnames=("config", "max_steps"), donate_argnames="state"
+    )
+    arguments = model.params, state, ql.Sampling(), jnp.zeros((0,), jnp.int32), 3
+    text = decode.lower(*arguments, config=config, max_steps=4).compile().as_text()
+    assert text is not None
+    shape = rf"f32\[1,{K},(?:{S},{H}|{H},{S})\]"
+    assert len(re.findall(rf"dynamic-update-slice\S* = {shape}\S* fusion\(", text)) >= 2
+    assert re.findall(rf"= {shape}\S* copy\(", text) == []

@@ -153,19 +153,22 @@ def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
 
 def test_attention_in_blocks_has_the_gradient_of_the_formula():
     T, S = 130, 140
-    q, k, v = normal(1, T, 2, 4), normal(1, 1, S, 4), normal(1, 1, 4, S)
+    arguments = [normal(1, T, 2, 4), normal(1, 1, S, 4), normal(1, 1, 4, S)]
     positions = (np.arange(T) + 3)[None].astype(np.int32)
-    loss = lambda *a: attention(*a, jnp.asarray(positions)).sum()  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, jnp.asarray(positions)).sum()
+
+    def loss64(moved: int, step: np.ndarray) -> float:
+        wide = [a.astype(np.float64) for a in arguments]
+        wide[moved] += step
+        q, k, v = wide
+        return attention64(q, k, v, positions).sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*arguments)
     for i, gradient in enumerate(gradients):
-        rng = np.random.default_rng(i)
-        step = 1e-6 * rng.standard_normal(gradient.shape)
-        there, back = ([*map(np.float64, (q, k, v))] for _ in range(2))
-        there[i], back[i] = there[i] + step, back[i] - step
-        change = sum(
-            sign * attention64(*arguments, positions).sum()
-            for sign, arguments in ((1, there), (-1, back))
-        )
+        step = 1e-6 * np.random.default_rng(i).standard_normal(gradient.shape)
+        change = loss64(i, step) - loss64(i, -step)
         wanted = np.sum(np.asarray(gradient, np.float64) * 2 * step)
         np.testing.assert_allclose(change, wanted, rtol=1e-4)
 

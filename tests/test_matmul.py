@@ -28,7 +28,7 @@ PACKED = [qtype for qtype in FORMATS if qtype not in PLAIN]
 FLOAT32 = 2.0**-22
 
 #: 256 rows a tile: four tiles, the last of which starts 24 rows early.
-OUT, IN = 1000, 1024
+OUT, IN = 1000, 2048
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
 
