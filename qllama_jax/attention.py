@@ -102,8 +102,8 @@ def _in_blocks(
         return _Sums(largest, old * sums.total + weights.sum(-1), old[..., None] * sums.out + out)
 
     def add_seen_block(sums: _Sums, block: Int32[Array, ""]) -> tuple[_Sums, None]:
-        add, keep = add_block, lambda sums, block: sums
-        return lax.cond(block * size <= last, add, keep, sums, block), None
+        seen = block * size <= last
+        return lax.cond(seen, add_block, lambda sums, _: sums, sums, block), None
 
     sums = _Sums(
         largest=jnp.full((B, K, G * T), MASKED),
