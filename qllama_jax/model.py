@@ -217,8 +217,8 @@ def unembed(
 def run_block(
     block: DenseBlock | MoEBlock,
     x: Float[Array, "B T D"],
-    k_cache: Float[Array, "B K S H"],
-    v_cache: Float[Array, "B K H S"],
+    k_cache: Float[Array, "B K H S"],
+    v_cache: Float[Array, "B K S H"],
     entry: Entry,
     *,
     config: ModelConfig,
@@ -243,8 +243,8 @@ def run_block(
         with jax.named_scope("rope"):
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         start = positions[:, 0]
-        k_cache = kv.write(k_cache, k.transpose(0, 2, 1, 3), start, count, axis=2)
-        v_cache = kv.write(v_cache, v.transpose(0, 2, 3, 1), start, count, axis=3)
+        k_cache = kv.write(k_cache, k.transpose(0, 2, 3, 1), start, count, axis=3)
+        v_cache = kv.write(v_cache, v.transpose(0, 2, 1, 3), start, count, axis=2)
         y = attention(q, k_cache, v_cache, positions).reshape(B, T, N * H)
         x = probe("mid", x + probe("attn_out", linear(y, block.attn_output, activations)))
     with jax.named_scope("mlp"):
@@ -320,7 +320,7 @@ def _check_shapes(
     if inputs_embeds is not None and inputs_embeds.shape[2:] != (config.embed_dim,):
         wanted = (B, T, config.embed_dim)
         raise ValueError(f"inputs_embeds of shape {inputs_embeds.shape}, wanted {wanted}")
-    layer = (B, config.num_kv_heads, cache.max_length, config.head_dim)
+    layer = (B, config.num_kv_heads, config.head_dim, cache.max_length)
     if len(cache.k) != config.num_layers or cache.k[0].shape != layer:
         raise ValueError(
             f"{B} rows of tokens need a cache of {config.num_layers} layers of {layer}, found"

@@ -34,8 +34,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ql.ModelConfig:
 
 def test_an_empty_cache_has_the_documented_shapes_and_is_zero(config: ql.ModelConfig):
     cache = ql.init_cache(config, batch_size=5, max_length=7)
-    assert [k.shape for k in cache.k] == [(5, 2, 7, 16)] * 3
-    assert [v.shape for v in cache.v] == [(5, 2, 16, 7)] * 3
+    assert [k.shape for k in cache.k] == [(5, 2, 16, 7)] * 3
+    assert [v.shape for v in cache.v] == [(5, 2, 7, 16)] * 3
     assert (cache.batch_size, cache.max_length) == (5, 7)
     assert cache.lengths.dtype == np.int32
     assert cache.lengths.tolist() == [0] * 5
@@ -71,10 +71,10 @@ def test_resizing_keeps_the_contents_and_adds_zeros(config: ql.ModelConfig, room
     new = ql.resize_cache(old, room)
     assert (new.max_length, new.batch_size) == (room, 3)
     assert new.lengths.tolist() == [0, 5, 2]
-    for before, after in zip(old.k, new.k, strict=True):
+    for before, after in zip(old.v, new.v, strict=True):
         np.testing.assert_array_equal(after[:, :, :5], before)
         assert not np.asarray(after[:, :, 5:]).any()
-    for before, after in zip(old.v, new.v, strict=True):
+    for before, after in zip(old.k, new.k, strict=True):
         np.testing.assert_array_equal(after[..., :5], before)
         assert not np.asarray(after[..., 5:]).any()
 

@@ -82,23 +82,23 @@ def attention64(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(B, T, N):
         head, last = n * k.shape[1] // N, positions[b, t] + 1
-        scores = k[b, head, :last].astype(np.float64) @ q[b, t, n] / np.sqrt(H)
+        scores = q[b, t, n].astype(np.float64) @ k[b, head, :, :last] / np.sqrt(H)
         weights = np.exp(scores - scores.max())
-        out[b, t, n] = v[b, head, :, :last] @ (weights / weights.sum())
+        out[b, t, n] = (weights / weights.sum()) @ v[b, head, :last]
     return out
 
 
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (6, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
 def test_attention_is_its_formula(N: int, K: int):
-    q, k, v = 3 * normal(2, 5, N, 8), normal(2, K, 11, 8), normal(2, K, 8, 11)
+    q, k, v = 3 * normal(2, 5, N, 8), normal(2, K, 8, 11), normal(2, K, 11, 8)
     positions = np.asarray([[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]], np.int32)
     found = attention(*map(jnp.asarray, (q, k, v, positions)))
     assert_close(found, attention64(q, k, v, positions))
 
 
 def test_attention_does_not_depend_on_the_size_of_a_common_score():
-    q, k, v = normal(1, 3, 2, 8), normal(1, 2, 5, 8), normal(1, 2, 8, 5)
-    q[..., 0], k[..., 0] = 1e3, 100.0  # scores near 35,000, beyond exp's range
+    q, k, v = normal(1, 3, 2, 8), normal(1, 2, 8, 5), normal(1, 2, 5, 8)
+    q[..., 0], k[:, :, 0] = 1e3, 100.0  # scores near 35,000, beyond exp's range
     positions = np.asarray([[2, 3, 4]], np.int32)
     found = attention(*map(jnp.asarray, (q, k, v, positions)))
     # float32 scores of this size have steps of 2^-8
@@ -119,9 +119,9 @@ def test_the_mask_is_the_literal_lower_triangle_from_each_rows_position():
 
 
 def test_what_is_masked_has_no_weight_at_all():
-    q, k, v = normal(1, 1, 2, 8), normal(1, 1, 4, 8), normal(1, 1, 8, 4)
+    q, k, v = normal(1, 1, 2, 8), normal(1, 1, 8, 4), normal(1, 1, 4, 8)
     huge_k, huge_v = k.copy(), v.copy()
-    huge_k[:, :, 2:], huge_v[..., 2:] = 1e18, 1e18
+    huge_k[..., 2:], huge_v[:, :, 2:] = 1e18, 1e18
     positions = jnp.asarray([[1]], jnp.int32)
     found = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), positions)
     other = attention(jnp.asarray(q), jnp.asarray(huge_k), jnp.asarray(huge_v), positions)
@@ -130,8 +130,8 @@ def test_what_is_masked_has_no_weight_at_all():
 
 def test_query_heads_read_the_key_value_head_of_their_group():
     N, K, H = 12, 3, 4
-    v = jnp.broadcast_to(jnp.arange(K, dtype=jnp.float32)[None, :, None, None], (1, K, H, 2))
-    q, k = jnp.asarray(normal(1, 1, N, H)), jnp.asarray(normal(1, K, 2, H))
+    v = jnp.broadcast_to(jnp.arange(K, dtype=jnp.float32)[None, :, None, None], (1, K, 2, H))
+    q, k = jnp.asarray(normal(1, 1, N, H)), jnp.asarray(normal(1, K, H, 2))
     found = np.asarray(attention(q, k, v, jnp.asarray([[1]], jnp.int32)))[0, 0, :, 0]
     np.testing.assert_allclose(found, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], atol=1e-6)
 
@@ -142,10 +142,10 @@ def temp_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("T", "S"), [(2, 300), (130, 300), (256, 256), (300, 417)])
+@pytest.mark.parametrize(("T", "S"), [(1, 513), (1, 700), (2, 300), (130, 300), (256, 256), (300, 417)])
 def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
     # Neither number divides into blocks, the rows are at different positions, the last key unseen.
-    q, k, v = 3 * normal(2, T, 4, 4), normal(2, 2, S, 4), normal(2, 2, 4, S)
+    q, k, v = 3 * normal(2, T, 4, 4), normal(2, 2, 4, S), normal(2, 2, S, 4)
     positions = np.stack([np.arange(T), np.arange(T) + max(S - T - 1, 0)]).astype(np.int32)
     found = attention(*map(jnp.asarray, (q, k, v, positions)))
     assert_close(found, attention64(q, k, v, positions))
@@ -153,7 +153,7 @@ def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
 
 def test_attention_in_blocks_has_the_gradient_of_the_formula():
     T, S = 130, 140
-    arguments = [normal(1, T, 2, 4), normal(1, 1, S, 4), normal(1, 1, 4, S)]
+    arguments = [normal(1, T, 2, 4), normal(1, 1, 4, S), normal(1, 1, S, 4)]
     positions = (np.arange(T) + 3)[None].astype(np.int32)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ def test_attention_in_blocks_has_the_gradient_of_the_formula():
 
 def test_a_long_prompt_needs_room_for_a_block_of_scores_not_for_all():
     T = S = 1024
-    q, k, v = normal(1, T, 2, 4), normal(1, 1, S, 4), normal(1, 1, 4, S)
+    q, k, v = normal(1, T, 2, 4), normal(1, 1, 4, S), normal(1, 1, S, 4)
     positions = np.arange(T)[None].astype(np.int32)
     compiled = jax.jit(lambda *a: attention(*a)).lower(q, k, v, positions).compile()
     assert temp_bytes(compiled) <= 0.25 * (2 * T * S * 4)
@@ -183,8 +183,25 @@ def test_a_long_prompt_needs_room_for_a_block_of_scores_not_for_all():
 
 def test_keys_that_no_query_of_a_block_sees_cost_nothing():
     # Infinite values would make NaN of a weight of zero: their blocks are not looked at.
-    q, k, v = normal(1, 2, 2, 4), normal(1, 1, 300, 4), normal(1, 1, 4, 300)
-    v[..., 128:] = np.inf
+    q, k, v = normal(1, 2, 2, 4), normal(1, 1, 4, 300), normal(1, 1, 300, 4)
+    v[:, :, 128:] = np.inf
     positions = np.asarray([[100, 101]], np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions)))
+    assert_close(found, attention64(q, k, v, positions))
+
+
+@pytest.mark.parametrize("filled", [1, 256, 257, 349, 350, 351, 700])
+def test_one_query_a_row_is_the_formula_however_much_of_the_cache_is_filled(filled: int):
+    S = 700  # more than half filled is computed at once, less in blocks
+    q, k, v = 3 * normal(2, 1, 4, 4), normal(2, 2, 4, S), normal(2, 2, S, 4)
+    positions = np.asarray([[filled - 1], [filled // 2]], np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions)))
+    assert_close(found, attention64(q, k, v, positions))
+
+
+def test_one_query_looks_at_no_more_blocks_of_a_large_cache_than_are_filled():
+    q, k, v = normal(1, 1, 2, 4), normal(1, 1, 4, 2048), normal(1, 1, 2048, 4)
+    v[:, :, 256:] = np.inf  # would make NaN of a weight of zero
+    positions = np.asarray([[255]], np.int32)
     found = attention(*map(jnp.asarray, (q, k, v, positions)))
     assert_close(found, attention64(q, k, v, positions))

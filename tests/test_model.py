@@ -559,8 +559,8 @@ def test_padding_that_reaches_past_the_end_is_right_where_the_tokens_fit(
             _, cache = small.forward(tokens[:, :128], cache, [filled])
         logits, cache = small.forward(tokens[:, filled:], cache, [more])
         assert cache.lengths.tolist() == [filled + more]
-        keys = np.asarray(cache.k[1])[:, :, : filled + more]
-        values = np.asarray(cache.v[1])[..., : filled + more]
+        keys = np.asarray(cache.k[1])[..., : filled + more]
+        values = np.asarray(cache.v[1])[:, :, : filled + more]
         results.append((logits[0, :more], keys[0], values[0]))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * np.abs(b).max())
@@ -587,7 +587,7 @@ def test_shapes_that_do_not_fit_are_refused(small: Small):
     cache = small.cache()
     for k in (cache.k[:1], (*cache.k, cache.k[0]), tuple(x[:, :1] for x in cache.k)):
         with pytest.raises(
-            ValueError, match=r"need a cache of 2 layers of \(3, 2, 32, 16\), found"
+            ValueError, match=r"need a cache of 2 layers of \(3, 2, 16, 32\), found"
         ):
             forward(tokens, replace(cache, k=k))
 
