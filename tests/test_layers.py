@@ -142,7 +142,9 @@ def temp_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("T", "S"), [(1, 513), (1, 700), (2, 300), (130, 300), (256, 256), (300, 417)])
+@pytest.mark.parametrize(
+    ("T", "S"), [(1, 513), (1, 700), (2, 300), (130, 300), (256, 256), (300, 417)]
+)
 def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
     # Neither number divides into blocks, the rows are at different positions, the last key unseen.
     q, k, v = 3 * normal(2, T, 4, 4), normal(2, 2, 4, S), normal(2, 2, S, 4)

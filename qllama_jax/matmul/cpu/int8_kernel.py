@@ -26,7 +26,8 @@ WHOLE_ROWS = 8
 ACCUMULATORS = 2**21
 # Groups that stage two sums: more are slower by 1.4 (16) to 2.7 times (32) and compile slowly.
 MOST_GROUPS = 8
-# Stage two's sums that stage three adds one by one: 6 of 1,536 columns take 3.7 us as a reduction.
+# Sums of a single row that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise.
+# For 128 rows it would be slower by a half.
 MOST_PARTS = 8
 
 
@@ -144,7 +145,8 @@ def _product(
 ) -> Float32[Array, "B padded"]:
     sums = fence(_integer_sums(w, x))
     parts = fence(_scaled_sums(w, x, sums, with_offsets))
-    y = functools.reduce(lax.add, parts) if len(parts) <= MOST_PARTS else parts.sum(0)
+    few = len(parts) <= MOST_PARTS and x.step.shape[1] == 1
+    y = functools.reduce(lax.add, parts) if few else parts.sum(0)
     return y.transpose(1, 0, 2).reshape(x.step.shape[1], -1)
 
 
@@ -187,10 +189,7 @@ def _scaled_sums(
     G, _, rows, _ = sums.shape
     B = x.step.shape[1]
     layout = w.layout
-    if w.super_scale is not None:
-        count = G // w.super_scale.shape[0]
-    else:
-        count = _groups_of_a_sum(G)
+    count = _groups_of_a_sum(G) if w.super_scale is None else G // w.super_scale.shape[0]
     # XLA copies what more than 15 slices are taken of: 16 groups are two runs of 8, taken apart
     # before anything is computed.
     runs = -(-count // MOST_GROUPS)
