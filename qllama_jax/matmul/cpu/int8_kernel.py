@@ -23,7 +23,10 @@ from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece. More
 # would make the accumulators larger than the caches, so it is cut into slabs of some tiles.
 WHOLE_ROWS = 8
-ACCUMULATORS = 2**21
+ACCUMULATORS = 2**22
+# More rows of x go through the weight in parts: of 512 rows 128 at a time are the fastest, with
+# 158 to 175 billion operations a second in Q4_0 and Q4_K, dequantized tiles 148 to 162.
+PART_ROWS = 128
 # Groups that stage two sums: more are slower by 1.4 (16) to 2.7 times (32) and compile slowly.
 MOST_GROUPS = 8
 # Sums of a single row that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise.
@@ -45,31 +48,43 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
     Steps are larger where a group's int16 sum might overflow otherwise (`Layout.largest_sum`).
     With a residual, what was rounded away is added in steps 2 `_residual_steps` times as fine.
     """
-    B, _ = x.shape
+    B, width = x.shape
+    parts = -(-B // PART_ROWS)
+    if parts > 1:
+        rows = -(-B // parts)
+        x = jnp.pad(x, ((0, parts * rows - B), (0, 0))).reshape(parts, rows, width)
+        y = lax.map(lambda part: multiply(part, w, with_residual), x)
+        return y.reshape(-1, w.out)[:B]
     fence = fence_for(x)
     rounded = fence(_round(x, w.layout, with_residual, fence))
-    G, rows, _ = rounded.factors.shape
-    if rows <= WHOLE_ROWS:
+    if rounded.factors.shape[1] <= WHOLE_ROWS:
         return _product(w, rounded, fence, with_offsets=True)[:, : w.out]
+    return _in_slabs(w, rounded, fence)[:, : w.out]
+
+
+def _in_slabs(w: CPUWeight, x: Rounded, fence: Fence) -> Float32[Array, "B padded"]:
+    """Multiply with some tiles of w at a time."""
+    G, rows, _ = x.factors.shape
     tiles = w.padded // LANES
-    size = min(tiles, max(1, ACCUMULATORS // (G * rows * LANES)))
+    # Two slabs at least: a loop of one trip is inlined, and its stages fused.
+    size = max(1, min(-(-tiles // 2), ACCUMULATORS // (G * rows * LANES)))
 
     def write_tiles(i: Array, y: Array) -> Array:
         # Where `size` does not divide the tiles, the last slab repeats some.
         first = jnp.minimum(i * size, tiles - size)
         slab = lax.optimization_barrier(w.slice_tiles(first, size))
-        product = fence(_product(slab, rounded, fence, with_offsets=False))
+        product = fence(_product(slab, x, fence, with_offsets=False))
         return lax.dynamic_update_slice(y, product, (np.int32(0), first * LANES))
 
-    y = jnp.zeros((B, w.padded), jnp.float32)
+    y = jnp.zeros((x.step.shape[1], w.padded), jnp.float32)
     y = lax.fori_loop(0, -(-tiles // size), write_tiles, y)
     if w.minimum is not None or w.layout.excess:
         # Of many rows the offsets' part is faster as a product of its own: 128 rows times Q4_K
         # [4096, 2048] take 14.4 ms so, 16.2 ms with it in stage two.
-        _, total = _steps(rounded, w.layout)
+        _, total = _steps(x, w.layout)
         offsets = w.offsets().reshape(G, w.padded)
         y = y + jnp.dot(total.T, offsets, precision=lax.Precision.HIGHEST)
-    return y[:, : w.out]
+    return y
 
 
 def _residual_steps(layout: Layout) -> int:
@@ -78,14 +93,14 @@ def _residual_steps(layout: Layout) -> int:
     return INT8_MAX if bound is None else min(INT8_MAX, bound // layout.group)
 
 
-def most_rows(layout: Layout) -> int:
-    """Rows of x above which dequantized tiles in float32 are faster than this kernel.
+def is_fastest(rows: int, layout: Layout) -> bool:
+    """Return whether this kernel is faster for so many rows of x than dequantized tiles in float32.
 
-    With a field a weight and groups of 32 it makes 145 to 155 billion operations a second of 32 to
-    128 rows, tiles 100 to 139; with more fields or smaller groups 73 to 92 of 32 rows and 82 to 99
-    of 64, tiles 60 to 76 and 88 to 104 ([4096, 2048]).
+    With a field a weight and groups of 32 it always is. With more fields or smaller groups it makes
+    73 to 92 billion operations a second of 32 rows and 82 to 106 of 64 and more, tiles 60 to 76, 88
+    to 104 and, of 128, 118 ([4096, 2048]).
     """
-    return 4 * GROUP if len(layout.factors.bit) == GROUP else GROUP + GROUP // 2
+    return len(layout.factors.bit) == GROUP or rows <= GROUP + GROUP // 2
 
 
 def round_activations(
@@ -143,11 +158,23 @@ def _scale(
 def _product(
     w: CPUWeight, x: Rounded, fence: Fence, *, with_offsets: bool
 ) -> Float32[Array, "B padded"]:
-    sums = fence(_integer_sums(w, x))
-    parts = fence(_scaled_sums(w, x, sums, with_offsets))
-    few = len(parts) <= MOST_PARTS and x.step.shape[1] == 1
-    y = functools.reduce(lax.add, parts) if few else parts.sum(0)
-    return y.transpose(1, 0, 2).reshape(x.step.shape[1], -1)
+    B = x.step.shape[1]
+    axis = _rows_axis(x)
+    sums = fence(_integer_sums(w, x, axis))
+    parts = fence(_scaled_sums(w, x, sums, axis, with_offsets))
+    y = functools.reduce(lax.add, parts) if B == 1 and len(parts) <= MOST_PARTS else parts.sum(0)
+    return jnp.moveaxis(y, axis - 1, 0).reshape(B, -1)
+
+
+def _rows_axis(x: Rounded) -> int:
+    """Return 1 or 2: sums lie as [G, P, tiles, lanes] or as [G, tiles, P, lanes].
+
+    With the tiles inside LLVM keeps a row's factors, each in all lanes, in registers and the first
+    cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048]). Few rows are the faster
+    outside as XLA vectorizes stage two of one row only with them there: 351, not 932 us (Q6_K).
+    """
+    _, rows, _ = x.factors.shape
+    return 1 if rows >= WHOLE_ROWS else 2
 
 
 def _steps(x: Rounded, layout: Layout) -> tuple[Float32[Array, "G B"], Float32[Array, "G B"]]:
@@ -161,33 +188,35 @@ def _steps(x: Rounded, layout: Layout) -> tuple[Float32[Array, "G B"], Float32[A
     return step, step * total
 
 
-def _integer_sums(w: CPUWeight, x: Rounded) -> Int16[Array, "G tiles P lanes"]:
+def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "G _ _ lanes"]:
     """Stage one: the sum over a group of (q - middle) times x in steps."""
     G, tiles, _, lanes = w.words.shape
     _, rows, _ = x.factors.shape
-    shape = (G, tiles, rows, lanes)
+    shape = (G, rows, tiles, lanes) if axis == 1 else (G, tiles, rows, lanes)
     # Written with few operations: XLA's passes over a module of many layers take most of the time
     # that it needs to compile.
     of = w.layout.factors
-    words = [lax.slice_in_dim(w.words, i, i + 1, axis=2) for i in range(len(w.layout.words))]
-    words = [jnp.broadcast_to(word, shape) for word in words]
+    words = [
+        lax.index_in_dim(w.words, i, axis=2, keepdims=False) for i in range(len(w.layout.words))
+    ]
+    words = [lax.broadcast_in_dim(word, shape, (0, 3 - axis, 3)) for word in words]
     bits = {bit: jnp.full(shape, bit, jnp.uint16) for bit in set(of.bit.tolist()) - {0}}
     # Takes the integers' middle out.
     start = (np.float32(-w.layout.middle) * x.mixed[..., -1]).astype(jnp.int32).astype(jnp.uint16)
-    sums = lax.broadcast_in_dim(start, shape, (0, 2))
+    sums = lax.broadcast_in_dim(start, shape, (0, axis))
     for i, (word, bit) in enumerate(zip(of.word.tolist(), of.bit.tolist(), strict=True)):
         shifted = lax.shift_right_logical(words[word], bits[bit]) if bit else words[word]
         factor = lax.index_in_dim(x.factors, i, axis=2, keepdims=False)
-        sums = lax.add(sums, lax.mul(shifted, lax.broadcast_in_dim(factor, shape, (0, 2))))
+        sums = lax.add(sums, lax.mul(shifted, lax.broadcast_in_dim(factor, shape, (0, axis))))
     return sums.astype(jnp.int16)
 
 
 def _scaled_sums(
-    w: CPUWeight, x: Rounded, sums: Int16[Array, "G tiles P lanes"], with_offsets: bool
-) -> Float32[Array, "parts tiles B lanes"]:
+    w: CPUWeight, x: Rounded, sums: Int16[Array, "G _ _ lanes"], axis: int, with_offsets: bool
+) -> Float32[Array, "parts _ _ lanes"]:
     """Stage two: the sum over the groups of a super-block, or over up to MOST_GROUPS groups."""
-    G, _, rows, _ = sums.shape
-    B = x.step.shape[1]
+    G, B = x.step.shape
+    rows = sums.shape[axis]
     layout = w.layout
     count = _groups_of_a_sum(G) if w.super_scale is None else G // w.super_scale.shape[0]
     # XLA copies what more than 15 slices are taken of: 16 groups are two runs of 8, taken apart
@@ -197,25 +226,30 @@ def _scaled_sums(
     def nth(leaf: Array, run: int) -> Array:
         return leaf.reshape(G // count, runs, count // runs, *leaf.shape[1:])[:, run]
 
+    def of_weight(leaf: Array, run: int) -> Array:
+        return jnp.expand_dims(nth(leaf, run), axis + 1).astype(jnp.float32)
+
+    def of_rows(leaf: Array, run: int) -> Array:
+        return jnp.expand_dims(nth(leaf, run), (4 - axis, 4))
+
     step, total = _steps(x, layout)
     y = z = jnp.float32(0)
     for run in range(runs):
         exact = nth(sums, run).astype(jnp.float32)
         if rows > B:
-            finer = exact[..., B:, :] * np.float32(0.5 / _residual_steps(layout))
-            exact = exact[..., :B, :] + finer
-        of_run = nth(total, run)[:, :, None, :, None]
-        product = exact * nth(step, run)[:, :, None, :, None]
+            finer = lax.slice_in_dim(exact, B, rows, axis=axis + 1)
+            exact = lax.slice_in_dim(exact, 0, B, axis=axis + 1)
+            exact = exact + finer * np.float32(0.5 / _residual_steps(layout))
+        product = exact * of_rows(step, run)
         if with_offsets and layout.excess:
-            product = product + np.float32(layout.excess) * of_run
-        y = y + _sum_of_groups(nth(w.scale, run)[:, :, :, None].astype(jnp.float32) * product)
+            product = product + np.float32(layout.excess) * of_rows(total, run)
+        y = y + _sum_of_groups(of_weight(w.scale, run) * product)
         if with_offsets and w.minimum is not None:
-            minimum = nth(w.minimum, run)[:, :, :, None].astype(jnp.float32)
-            z = z + _sum_of_groups(minimum * of_run)
+            z = z + _sum_of_groups(of_weight(w.minimum, run) * of_rows(total, run))
     if w.super_scale is not None:
-        y = y * w.super_scale[:, :, None].astype(jnp.float32)
+        y = y * jnp.expand_dims(w.super_scale, axis).astype(jnp.float32)
     if with_offsets and w.super_minimum is not None:
-        z = z * w.super_minimum[:, :, None].astype(jnp.float32)
+        z = z * jnp.expand_dims(w.super_minimum, axis).astype(jnp.float32)
     return y - z if layout.subtracts_minimum else y + z
 
 
@@ -230,6 +264,6 @@ def _groups_of_a_sum(groups: int) -> int:
     return max(even or sizes)
 
 
-def _sum_of_groups(terms: Float32[Array, "n groups tiles B lanes"]) -> Array:
+def _sum_of_groups(terms: Float32[Array, "n groups _ _ lanes"]) -> Array:
     """Sum over groups, one by one: XLA's code for a reduction would leave the lanes empty."""
     return functools.reduce(lax.add, (terms[:, i] for i in range(terms.shape[1])))
