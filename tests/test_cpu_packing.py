@@ -238,4 +238,5 @@ def test_no_weight_is_held_dense(name: str, rows: int):
     dense = 4 * IN * tiles * LANES
     output = 4 * rows * tiles * LANES
     assert memory is not None
-    assert memory.temp_size_in_bytes - output <= dense / 3
+    # Of many rows the offsets' part is a product of its own, as large as the output.
+    assert memory.temp_size_in_bytes - 2 * output <= dense / 3

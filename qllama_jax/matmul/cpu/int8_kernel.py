@@ -96,11 +96,14 @@ def _residual_steps(layout: Layout) -> int:
 def is_fastest(rows: int, layout: Layout) -> bool:
     """Return whether this kernel is faster for so many rows of x than dequantized tiles in float32.
 
-    With a field a weight and groups of 32 it always is. With more fields or smaller groups it makes
-    73 to 92 billion operations a second of 32 rows and 82 to 106 of 64 and more, tiles 60 to 76, 88
-    to 104 and, of 128, 118 ([4096, 2048]).
+    Billion operations a second, [4096, 2048], as kernel and as tiles: Q4_0 and Q4_K 167 and 118 of
+    64 rows, 173 and 160 of 512; with groups of 16 weights (Q6_K, Q3_K, Q2_K) 124 to 135 and 91 to
+    113 of 64 rows, 129 to 139 and 126 to 133 of 128, and 129 to 136 and 158 to 164 of 512; with two
+    fields a weight (five bits) 97 and 94 to 96 of 64 rows, 99 to 101 and 121 to 124 of 128.
     """
-    return len(layout.factors.bit) == GROUP or rows <= GROUP + GROUP // 2
+    if len(layout.factors.bit) >= 2 * layout.group:
+        return rows <= PART_ROWS // 2
+    return layout.group == GROUP or rows <= PART_ROWS
 
 
 def round_activations(
@@ -170,8 +173,8 @@ def _rows_axis(x: Rounded) -> int:
     """Return 1 or 2: sums lie as [G, P, tiles, lanes] or as [G, tiles, P, lanes].
 
     With the tiles inside LLVM keeps a row's factors, each in all lanes, in registers and the first
-    cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048]). Few rows are the faster
-    outside as XLA vectorizes stage two of one row only with them there: 351, not 932 us (Q6_K).
+    cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048]). A single row's stage two
+    XLA vectorizes only with the tiles outside.
     """
     _, rows, _ = x.factors.shape
     return 1 if rows >= WHOLE_ROWS else 2
@@ -214,42 +217,45 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "G _ _ la
 def _scaled_sums(
     w: CPUWeight, x: Rounded, sums: Int16[Array, "G _ _ lanes"], axis: int, with_offsets: bool
 ) -> Float32[Array, "parts _ _ lanes"]:
-    """Stage two: the sum over the groups of a super-block, or over up to MOST_GROUPS groups."""
+    """Stage two: the sum over up to MOST_GROUPS groups, all of one super-block."""
     G, B = x.step.shape
     rows = sums.shape[axis]
     layout = w.layout
-    count = _groups_of_a_sum(G) if w.super_scale is None else G // w.super_scale.shape[0]
-    # XLA copies what more than 15 slices are taken of: 16 groups are two runs of 8, taken apart
-    # before anything is computed.
-    runs = -(-count // MOST_GROUPS)
+    if w.super_scale is None:
+        count = _groups_of_a_sum(G)
+    else:
+        count = min(MOST_GROUPS, G // w.super_scale.shape[0])
 
-    def nth(leaf: Array, run: int) -> Array:
-        return leaf.reshape(G // count, runs, count // runs, *leaf.shape[1:])[:, run]
+    def split(leaf: Array) -> Array:
+        return leaf.reshape(G // count, count, *leaf.shape[1:])
 
-    def of_weight(leaf: Array, run: int) -> Array:
-        return jnp.expand_dims(nth(leaf, run), axis + 1).astype(jnp.float32)
+    def of_weight(leaf: Array) -> Array:
+        return jnp.expand_dims(split(leaf), axis + 1).astype(jnp.float32)
 
-    def of_rows(leaf: Array, run: int) -> Array:
-        return jnp.expand_dims(nth(leaf, run), (4 - axis, 4))
+    def of_rows(leaf: Array) -> Array:
+        return jnp.expand_dims(split(leaf), (4 - axis, 4))
+
+    def of_super_block(leaf: Array) -> Array:
+        leaf = jnp.repeat(leaf, G // count // len(leaf), axis=0)
+        return jnp.expand_dims(leaf, axis).astype(jnp.float32)
 
     step, total = _steps(x, layout)
-    y = z = jnp.float32(0)
-    for run in range(runs):
-        exact = nth(sums, run).astype(jnp.float32)
-        if rows > B:
-            finer = lax.slice_in_dim(exact, B, rows, axis=axis + 1)
-            exact = lax.slice_in_dim(exact, 0, B, axis=axis + 1)
-            exact = exact + finer * np.float32(0.5 / _residual_steps(layout))
-        product = exact * of_rows(step, run)
-        if with_offsets and layout.excess:
-            product = product + np.float32(layout.excess) * of_rows(total, run)
-        y = y + _sum_of_groups(of_weight(w.scale, run) * product)
-        if with_offsets and w.minimum is not None:
-            z = z + _sum_of_groups(of_weight(w.minimum, run) * of_rows(total, run))
+    exact = split(sums).astype(jnp.float32)
+    if rows > B:
+        finer = lax.slice_in_dim(exact, B, rows, axis=axis + 1)
+        exact = lax.slice_in_dim(exact, 0, B, axis=axis + 1)
+        exact = exact + finer * np.float32(0.5 / _residual_steps(layout))
+    product = exact * of_rows(step)
+    if with_offsets and layout.excess:
+        product = product + np.float32(layout.excess) * of_rows(total)
+    y = _sum_of_groups(of_weight(w.scale) * product)
     if w.super_scale is not None:
-        y = y * jnp.expand_dims(w.super_scale, axis).astype(jnp.float32)
-    if with_offsets and w.super_minimum is not None:
-        z = z * jnp.expand_dims(w.super_minimum, axis).astype(jnp.float32)
+        y = y * of_super_block(w.super_scale)
+    if not with_offsets or w.minimum is None:
+        return y
+    z = _sum_of_groups(of_weight(w.minimum) * of_rows(total))
+    if w.super_minimum is not None:
+        z = z * of_super_block(w.super_minimum)
     return y - z if layout.subtracts_minimum else y + z
 
 
