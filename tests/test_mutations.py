@@ -28,7 +28,7 @@ Bases = dict[Base, Files]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return make_bases(tmp_path_factory.mktemp("bases"), None)
+    return make_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(scope="module")

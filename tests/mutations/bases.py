@@ -8,7 +8,7 @@ from typing import Any
 from gguf_bytes import typed_string
 from mutations.draft import Draft, take_apart, typed
 from mutations.operators import Base, Files
-from tiny import write_tiny_llama
+from tiny import QTypes, write_tiny_llama
 
 #: A vocabulary of 289 makes the output end with padding.
 SIZES: dict[str, Any] = {"embed": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "vocab": 289}
@@ -21,12 +21,13 @@ def formats(name: str) -> str:
     return next((qtype for part, qtype in kinds.items() if part in name), "Q4_0")
 
 
-def make_bases(folder: Path, real: Path | None) -> dict[Base, Files]:
+def make_bases(
+    folder: Path, real: Path | None = None, formats: QTypes = formats
+) -> dict[Base, Files]:
     """Every base by name, as parts by name: one, but for a split file. `real` is SmolLM2's file."""
     dense = write_tiny_llama(folder / "dense.gguf", formats, **SIZES)
-    mixture = write_tiny_llama(
-        folder / "mixture.gguf", formats, experts=4, experts_used=2, tokenizer="gpt2", **SIZES
-    )
+    experts = {"experts": 4, "experts_used": 2, "tokenizer": "gpt2"}
+    mixture = write_tiny_llama(folder / "mixture.gguf", formats, **experts, **SIZES)
     bases: dict[Base, Files] = {
         "llama": {"m.gguf": take_apart(dense)},
         "mixtral": {"m.gguf": take_apart(mixture)},
