@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from mutations import OPERATORS
 from mutations.bases import formats, make_bases
 from mutations.judge import make_mutant
 from mutations.operators import Operator
 
+WORKER = Path(__file__).resolve().parent / "reader_verdicts.py"
 #: Reader -> what a file has to be refused for: file readers do not know models.
 DUTIES = {
     "qllama_jax": ("open", "load", "tokenizer"),
@@ -48,7 +48,7 @@ class Worker:
     """A reader in a process, started again where a file ended it."""
 
     def __init__(self, reader: str, python: str) -> None:
-        self.command = [python, str(ROOT / "scripts" / "reader_verdicts.py"), reader]
+        self.command = [python, str(WORKER), reader]
         self.process: Any = None
 
     def ask(self, path: Path) -> tuple[str, str]:
