@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
     parser.add_argument("--list", action="store_true", help="the mutations behind the figures, too")
     args = parser.parse_args()
-    pythons = dict.fromkeys(("qllama_jax", "gguf-py", "candle"), sys.executable)
+    pythons: dict[str, str] = dict.fromkeys(("qllama_jax", "gguf-py", "candle"), sys.executable)
     if args.llama_python:
         pythons["llama.cpp"] = args.llama_python
     workers = {name: Worker(name, python) for name, python in pythons.items()}

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import qllama_jax as ql
-
 from mutations import OPERATORS
 from mutations.bases import make_bases
 from mutations.judge import judge, make_mutant
