@@ -53,19 +53,23 @@ def rope_frequencies(
         GGUFError: constants without a meaning.
     """
     exponent = np.arange(0, config.rope_dim, 2, dtype=np.float64) / config.rope_dim
-    radians = config.rope_theta**-exponent
-    if freq_factors is not None:
-        radians = radians / freq_factors.astype(np.float64)
-    radians, magnitude = _scale(radians, config)
+    with np.errstate(all="ignore"):  # what comes of a file's constants is judged below
+        radians = config.rope_theta**-exponent
+        if freq_factors is not None:
+            radians = radians / freq_factors.astype(np.float64)
+        radians, scale = _scale(radians, config)
+        magnitude = np.float32(scale)
+    found = f"rope: freq_base {config.rope_theta}, {config.rope_scaling}"
     if not np.isfinite(radians).all():
-        found = f"freq_base {config.rope_theta}, {config.rope_scaling}"
-        raise GGUFError(f"rope: {found} give frequencies up to {radians.max()}")
+        raise GGUFError(f"{found} give frequencies up to {radians.max()}, wanted finite ones")
+    if not 0 < magnitude < np.inf:
+        raise GGUFError(f"{found} scale cos and sin by {scale}, wanted a float32 above 0")
     turns = radians / (2 * np.pi) % 1.0  # positions are integers: whole turns change nothing
     steps = np.round(turns * 2.0 ** (32 + FINE_BITS)).astype(np.uint64)
     return RopeFrequencies(
         coarse=(steps >> np.uint64(FINE_BITS)).astype(np.uint32),
         fine=(steps & np.uint64(2**FINE_BITS - 1)).astype(np.uint32),
-        magnitude=np.float32(magnitude),
+        magnitude=magnitude,
     )
 
 

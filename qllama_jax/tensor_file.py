@@ -79,6 +79,11 @@ class GGUFTensor:
     offset: int
     source: Source = field(repr=False)
 
+    def error(self, reason: str) -> GGUFError:
+        """The error to raise for this tensor, in the one format that all of them have."""
+        where = f"tensor {quoted(self.name)} (data at byte {self.offset})"
+        return GGUFError(f"{self.source.path}: {where}: {reason}")
+
     @property
     def data(self) -> UInt8[np.ndarray, "*rows row_bytes"]:
         """The packed bytes, slowest dimension first, read from the file at every access.
@@ -95,9 +100,8 @@ class GGUFTensor:
                 count = file.readinto(rest)
                 if not count:
                     end = self.offset + self.nbytes
-                    raise GGUFError(
-                        f"{self.source.path}: tensor {quoted(self.name)}: the file shrank: it ends"
-                        f" {len(rest)} bytes before byte {end}"
+                    raise self.error(
+                        f"the file shrank: it ends {len(rest)} bytes before byte {end}"
                     )
                 rest = rest[count:]
         return raw.reshape(*self.shape[:0:-1], self.shape[0] // block * block_bytes)

@@ -90,9 +90,7 @@ class TensorReader:
         one = shape[0] == 1 and len(shape) > 1 and tensor.shape[::-1] == shape[1:]
         if tensor.shape[::-1] != shape and not one:
             found, wanted = list(tensor.shape), list(shape[::-1])
-            raise GGUFError(
-                f"{self.file.path}: tensor {quoted(name)}: shape {found}, wanted {wanted}"
-            )
+            raise tensor.error(f"shape {found}, wanted {wanted}")
         block, raw = self._format_of(tensor), tensor.data
         raw = raw[None] if one else raw
         if self._check_tensors:
@@ -116,20 +114,17 @@ class TensorReader:
             known = ", ".join(
                 qtype.name for qtype in sorted(FORMATS) if type(qtype) is type(tensor.qtype)
             )
-            raise GGUFError(
-                f"{self.file.path}: tensor {quoted(tensor.name)}: type {tensor.qtype.name} is not"
-                f" supported; supported are {known}"
-            )
+            raise tensor.error(f"type {tensor.qtype.name} is not supported; supported are {known}")
         return FORMATS[tensor.qtype]
 
     def _check_finite(self, tensor: GGUFTensor, packed: Any) -> None:
         for field, bad in packed.not_finite().items():
             if bad.any():
-                raise GGUFError(
-                    f"{self.file.path}: tensor {quoted(tensor.name)}: {int(bad.sum())} of its"
-                    f" {bad.size} {tensor.qtype.name} field {field!r} are NaN or infinite, the"
-                    f" first at index {list(map(int, np.argwhere(bad)[0]))}; check_tensors=False"
-                    " loads it all the same"
+                first = list(map(int, np.argwhere(bad)[0]))
+                raise tensor.error(
+                    f"{int(bad.sum())} of its {bad.size} {tensor.qtype.name} field {field!r} are"
+                    f" NaN or infinite, the first at index {first}; check_tensors=False loads it"
+                    " all the same"
                 )
 
 

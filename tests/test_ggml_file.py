@@ -344,15 +344,15 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "half a block": (edited(WQ, shape=(272, 256)), r"row of 272 values .* Q4_0 \(GGJT v1\)'s 32"),
     "wrong shape": (
         reshaped(WQ, 256, 288),
-        r"attn_q\.weight': shape \[256, 288\], wanted",
+        r"attn_q\.weight' \(data at byte \d+\): shape \[256, 288\], wanted",
     ),
     "wrong key rows": (reshaped(WK, 256, 96), "96 rows, wanted 64, the dimension of a head, times"),
     "too few key rows": (reshaped(WK, 256, 32), "32 rows, wanted 64"),
     "key heads no divisor": (reshaped(WK, 256, 192), "192 rows, .* a divisor of the 4 heads"),
     "key weights a vector": (reshaped(WK, 256), r"shape \[256\], wanted two dimensions"),
     "ffn weights a vector": (reshaped(W1, 256), r"shape \[256\], wanted two dimensions"),
-    "norm a matrix": (reshaped(NORM, 256, 1), r"output_norm\.weight': shape \[256, 1\], wanted"),
-    "other vocabulary": (reshaped(OUTPUT, 256, 352), r"output\.weight': shape \[256, 352\], want"),
+    "norm a matrix": (reshaped(NORM, 256, 1), r"output_norm\.weight' .*: shape \[256, 1\], want"),
+    "other vocabulary": (reshaped(OUTPUT, 256, 352), r"output\.weight' .*: shape \[256, 352\], w"),
     "part": (reshaped("tok_embeddings.weight", 128, VOCAB), "this file is one of 2 parts"),
     "no output": (without(OUTPUT), r"'output\.weight' is missing; it is truncated"),
     "no norm": (without("layers.1.ffn_norm.weight"), r"'layers\.1\.ffn_norm\.weight' is missing"),
@@ -360,7 +360,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "one tensor more": (reordered, "bytes follow the last one, from byte"),
     "not finite": (
         edited(NORM, data=struct.pack("<f", float("inf")) * EMBED),
-        r"output_norm\.weight': 256 of its 256 F32 field 'w' are NaN or infinite",
+        r"output_norm\.weight' \(data at byte \d+\): 256 of its 256 F32 field 'w' are NaN",
     ),
 }
 
@@ -438,5 +438,5 @@ def test_scales_that_are_not_finite_are_refused_with_the_name_of_the_format(
     edited(W1, data=struct.pack("<f", float("nan")) + row.data[4:])(file)
     path = tmp_path / "m.bin"
     path.write_bytes(file.encode())
-    wanted = r"ffn_gate\.weight': 1 of its 2048 Q8_0 \(GGJT v2\) field 'd' are NaN or infinite"
+    wanted = r"ffn_gate\.weight' .*: 1 of its 2048 Q8_0 \(GGJT v2\) field 'd' are NaN or infinite"
     assert re.search(wanted, refused(path))

@@ -112,6 +112,11 @@ def refused(path: Path, **options: Any) -> str:
     return message.removeprefix(f"{path}: ")
 
 
+def place(path: Path, name: str) -> str:
+    """How an error names a tensor that is there."""
+    return f"tensor {name!r} (data at byte {tensors_of(path)[name].data_offset})"
+
+
 # Every tensor at its name
 
 FILES = {name: {"qtype": name, "layers": 1, "vocab": 259} for name in FORMATS} | {
@@ -333,7 +338,7 @@ def test_a_wrongly_shaped_tensor_is_refused(tiny_llama: TinyLlama, tmp_path: Pat
     shape, found, wanted = SHAPES[name]
     new = {name: np.ones(shape, np.float32)}
     path = edited(tiny_llama("F32"), tmp_path / "a.gguf", tensors=new)
-    assert refused(path) == f"tensor {name!r}: shape {found}, wanted {wanted}"
+    assert refused(path) == f"{place(path, name)}: shape {found}, wanted {wanted}"
 
 
 def test_rows_of_the_embedding_that_are_not_the_vocabulary_are_refused(
@@ -380,7 +385,7 @@ def test_a_weight_or_scale_that_is_not_finite_is_refused_unless_checks_are_off(
     block = 256 * 512 // values - 1  # the last
     path = patched(base, tmp_path / "a.gguf", name, block * size + at, number(value, kind))
     message = refused(path)
-    assert message.startswith(f"tensor {name!r}: 1 of its ")
+    assert message.startswith(f"{place(path, name)}: 1 of its ")
     assert f"[255, {512 // values - 1}]" in message
     assert qtype in message
 
@@ -397,7 +402,7 @@ def test_a_vector_that_is_not_finite_is_refused_unless_checks_are_off(
 ):
     base = tiny_llama("Q8_0", biases=True)
     path = patched(base, tmp_path / "a.gguf", name, 4 * 17, number(np.nan, "<f4"))
-    assert refused(path).startswith(f"tensor {name!r}: 1 of its 256 F32 ")
+    assert refused(path).startswith(f"{place(path, name)}: 1 of its 256 F32 ")
     leaf = np.asarray(
         leaves_by_name(ql.load(path, check_tensors=False, layout="file").params)[name]
     )
@@ -431,8 +436,9 @@ def test_an_unsupported_type_is_refused_with_the_supported_ones(
     tiny_llama: TinyLlama, tmp_path: Path
 ):
     down = {DOWN: np.zeros((256, 512), np.int32)}
-    message = refused(edited(tiny_llama("Q8_0"), tmp_path / "a.gguf", tensors=down))
-    assert message.startswith(f"tensor {DOWN!r}: type I32 is not supported; supported are ")
+    path = edited(tiny_llama("Q8_0"), tmp_path / "a.gguf", tensors=down)
+    message = refused(path)
+    assert message.startswith(f"{place(path, DOWN)}: type I32 is not supported; supported are ")
     assert set(message.split("supported are ")[1].split(", ")) == set(FORMATS)
 
 
@@ -529,7 +535,8 @@ def test_an_expert_that_is_missing_is_named(tiny_llama: TinyLlama, tmp_path: Pat
 def test_one_expert_too_many_is_refused(tiny_llama: TinyLlama, tmp_path: Path):
     keys = {"llama.expert_count": 3}
     path = edited(tiny_llama("Q8_0", **EXPERTS), tmp_path / "a.gguf", keys=keys)
-    assert refused(path).startswith("tensor 'blk.0.ffn_gate_inp.weight': shape [256, 4], wanted")
+    router = "blk.0.ffn_gate_inp.weight"
+    assert refused(path).startswith(f"{place(path, router)}: shape [256, 4], wanted")
     path = edited(
         tiny_llama("Q8_0", **EXPERTS, merged=False),
         tmp_path / "b.gguf",
@@ -556,7 +563,8 @@ def test_experts_without_a_number_used_are_refused(tiny_llama: TinyLlama, tmp_pa
 def test_a_fused_projection_of_another_size_is_refused(tiny_llama: TinyLlama, tmp_path: Path):
     keys = {"llama.attention.head_count_kv": 4}
     path = edited(tiny_llama("Q8_0", layers=1, fused_qkv=True), tmp_path / "a.gguf", keys=keys)
-    assert refused(path) == ("tensor 'blk.0.attn_qkv.weight': shape [256, 512], wanted [256, 768]")
+    fused = place(path, "blk.0.attn_qkv.weight")
+    assert refused(path) == f"{fused}: shape [256, 512], wanted [256, 768]"
 
 
 def test_another_architecture_is_refused(tiny_llama: TinyLlama, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -291,5 +292,14 @@ def test_yarn_without_a_base_above_1_is_refused():
 
 
 def test_frequencies_that_overflow_are_refused():
-    with pytest.raises(GGUFError, match="frequencies up to inf"), np.errstate(over="ignore"):
+    with pytest.raises(GGUFError, match="frequencies up to inf"):
         rope_frequencies(config_of(64, 1e-308, scaling=scaled("linear", 1e-308)))
+    with pytest.raises(GGUFError, match="frequencies up to nan"):
+        rope_frequencies(config_of(64, scaling=scaled("yarn", 5e-324)))
+
+
+@pytest.mark.parametrize("factor", [1e308, 1e-320])
+def test_a_scale_of_cos_and_sin_that_is_no_float32_is_refused(factor: float):
+    scaling = dataclasses.replace(scaled("linear", 2.0), attn_factor=factor)
+    with pytest.raises(GGUFError, match=r"scale cos and sin by 1e.*, wanted a float32"):
+        rope_frequencies(config_of(64, scaling=scaling))
