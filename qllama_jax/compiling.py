@@ -26,4 +26,5 @@ def compile_ahead(function: Any, *arguments: Any, **static: Any) -> None:
 
     # No daemon: to tear the interpreter down under a compilation would crash.
     threading.Thread(target=compile, name="compile_ahead").start()
-    done.wait()
+    while not done.wait(0.1):  # Windows interrupts no wait: there Ctrl-C is heard after it
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,14 @@ PROMPT = np.arange(1, 101, dtype=np.int32)
 def model(tiny_llama: Any) -> ql.Model:
     path: Path = tiny_llama("Q4_0", layers=4, context_length=4096)
     return ql.load(path, layout="file")
+
+
+@pytest.fixture(autouse=True)
+def interrupts_raise() -> Iterator[None]:
+    """Python's own handler: a shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def tokens(model: ql.Model, **options: Any) -> list[int]:
