@@ -16,7 +16,12 @@ from qllama_jax.decoding import (
     row_keys,
     start_decoding,
 )
-from qllama_jax.errors import ContextOverflowError, GGUFError, NumericalError
+from qllama_jax.errors import (
+    ContextOverflowError,
+    GGUFError,
+    NumericalError,
+    OutOfMemoryError,
+)
 from qllama_jax.generate import Piece, Result, generate, stream
 from qllama_jax.generate_tokens import Decoded, generate_tokens
 from qllama_jax.gguf_file import read_gguf
@@ -46,6 +51,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "NumericalError",
+    "OutOfMemoryError",
     "Params",
     "Perplexity",
     "Piece",

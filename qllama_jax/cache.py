@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from qllama_jax.config import ModelConfig
+from qllama_jax.memory import Needs, cache_bytes, check_fits
 from qllama_jax.quants import Leaf
 from qllama_jax.rope import MAX_POSITIONS
 
@@ -54,16 +56,20 @@ def init_cache(
     Raises:
         ValueError: batch_size or max_length below 1, or max_length above the 2^20 positions for
             which rotary angles are exact.
+        OutOfMemoryError: there is no room for it. Inside a trace nothing is allocated or refused.
     """
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"init_cache: batch_size={batch_size}, max_length={max_length}: below 1")
     _check_positions(max_length)
     B, K, S, H = batch_size, config.num_kv_heads, max_length, config.head_dim
     layers = range(config.num_layers)
+    lengths = jnp.zeros((B,), jnp.int32)
+    a_position = cache_bytes(config, B, 1, jnp.dtype(dtype).itemsize)
+    _check_fits(f"init_cache: batch_size={B}, max_length={S}", lengths, a_position, S)
     return KVCache(
         k=tuple(jnp.zeros((B, K, H, S), dtype) for _ in layers),
         v=tuple(jnp.zeros((B, K, S, H), dtype) for _ in layers),
-        lengths=jnp.zeros((B,), jnp.int32),
+        lengths=lengths,
     )
 
 
@@ -74,17 +80,30 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
 
     Raises:
         ValueError: `max_length` is smaller than the room the cache has, or above 2^20.
+        OutOfMemoryError: there is no room for it; inside a trace as in `init_cache`.
     """
     _check_positions(max_length)
     more = max_length - cache.max_length
     if more < 0:
         raise ValueError(f"resize_cache: max_length={max_length} < {cache.max_length}")
+    a_position = sum(x.nbytes for x in (*cache.k, *cache.v)) // cache.max_length
+    _check_fits(f"resize_cache: max_length={max_length}", cache.k[0], a_position, max_length)
     poisoned = cache.lengths > cache.max_length
     return KVCache(
         k=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, more))) for k in cache.k),
         v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, more), (0, 0))) for v in cache.v),
         lengths=jnp.where(poisoned, max_length + 1, cache.lengths),
     )
+
+
+def _check_fits(what: str, like: Any, a_position: int, max_length: int) -> None:
+    """Refuse a cache of `a_position` bytes a position on one device; `like` is an array of it.
+
+    A trace allocates nothing, and how much of a cache on several devices each holds, it may choose.
+    """
+    traced = isinstance(like, jax.core.Tracer) or not isinstance(like, jax.Array)
+    if not traced and len(like.devices()) == 1:
+        check_fits(what, lambda n: Needs(cache=a_position * n), max_length, "max_length")
 
 
 def _check_positions(max_length: int) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qllama_jax.chat_template import ChatTemplateError
-from qllama_jax.errors import ContextOverflowError
+from qllama_jax.errors import ContextOverflowError, OutOfMemoryError
 from qllama_jax.generate import Piece, stream
 from qllama_jax.load import Model
+from qllama_jax.progress_bars import bar
 
 Message = dict[str, str]
 
@@ -44,7 +45,7 @@ def converse(
         messages.append({"role": "user", "content": line})
         try:
             answer = _answer(model, messages, options, closing_line)
-        except (ContextOverflowError, ChatTemplateError) as error:
+        except (ContextOverflowError, OutOfMemoryError, ChatTemplateError) as error:
             complain(error)
             print("/clear forgets the conversation; another message may do", file=sys.stderr)
             answer = None
@@ -84,7 +85,9 @@ def _answer(
         ids = tokenizer.encode(tokenizer.apply_chat_template(messages), parse_special=True)
         room = max(model.config.context_length - len(ids), 1)
         limit = min(options["max_new_tokens"], room)
-        last = show(stream(model, ids, **{**options, "max_new_tokens": limit}), said)
+        with bar("prompt") as progress:
+            changed = {"max_new_tokens": limit, "progress": progress}
+            last = show(stream(model, ids, **{**options, **changed}), said)
         print(closing_line(last), file=sys.stderr)
     except KeyboardInterrupt:
         if not said:

@@ -129,10 +129,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     from qllama_jax.chat import show
     from qllama_jax.generate import stream
+    from qllama_jax.progress_bars import bar
 
-    with exit_at_interrupt(INTERRUPTED):
-        pieces = stream(model, arguments.prompt, ignore_eos=arguments.ignore_eos, **options)
-        last = show(pieces, [])
+    with exit_at_interrupt(INTERRUPTED), bar("prompt") as progress:
+        options |= {"ignore_eos": arguments.ignore_eos, "progress": progress}
+        last = show(stream(model, arguments.prompt, **options), [])
     print(_closing_line(last, options["seed"]), file=sys.stderr)
 
 
@@ -214,6 +215,7 @@ def _load(arguments: argparse.Namespace, chat_template: str | None = None) -> Mo
 
     from qllama_jax.compilation_cache import set_compilation_cache
     from qllama_jax.load import load
+    from qllama_jax.progress_bars import bar
 
     set_compilation_cache(not arguments.no_compilation_cache)
     try:
@@ -221,16 +223,5 @@ def _load(arguments: argparse.Namespace, chat_template: str | None = None) -> Mo
     except AssertionError:  # how jax says that it has no plugin for the platform
         raise RuntimeError(f"jax finds no device of {jax.config.jax_platforms!r}") from None
 
-    if not sys.stderr.isatty():
-        return load(arguments.model, chat_template=chat_template)
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress
-
-    columns = ("loading", BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with bar("loading", is_bytes=True) as progress:
         return load(arguments.model, chat_template=chat_template, progress=progress)

@@ -11,6 +11,31 @@ class ContextOverflowError(ValueError):
     """More positions were asked for than the cache or the model's context holds."""
 
 
+class OutOfMemoryError(MemoryError):
+    """A model, or a context for it, that does not fit what is free; nothing of it was allocated.
+
+    In bytes: `weights` (0: not known), `cache` and `workspace` are what it needs, `free` is what
+    there is. `longest_context` is the most positions that would fit, 0 if none do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        weights: int = 0,
+        cache: int = 0,
+        workspace: int = 0,
+        free: int = 0,
+        longest_context: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.weights = weights
+        self.cache = cache
+        self.workspace = workspace
+        self.free = free
+        self.longest_context = longest_context
+
+
 class NumericalError(ArithmeticError):
     """A computation gave NaN or infinity where a finite value was promised."""
 

@@ -19,6 +19,7 @@ from qllama_jax.row_text import RowText, stop_strings
 from qllama_jax.sampling import Sampling
 from qllama_jax.sampling_ranges import read_logit_bias
 from qllama_jax.session import Session, Stats
+from qllama_jax.tensor_reader import Progress
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def generate(
     logit_bias: Any = 0.0,
     banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
+    progress: Progress | None = None,
     **sampling: Any,
 ) -> Any:
     """Continue a prompt, or every one of a list of prompts in one batch.
@@ -88,6 +90,8 @@ def generate(
             `Sampling`. -inf bans a token.
         banned_tokens: ids that are never generated, in any row; None: none.
         activations: see `matmul`.
+        progress: called with (prompt tokens read, prompt tokens in all), first with 0, where a
+            prompt is longer than the 512 tokens that are read at a time.
         **sampling: the other fields of `Sampling`, numbers or one a row. By default greedy.
             penalty_last_n is a number of tokens or -1, all; above 64, each power of two compiles
             anew.
@@ -97,6 +101,7 @@ def generate(
 
     Raises:
         ContextOverflowError: a prompt and its new tokens do not fit the model's context.
+        OutOfMemoryError: they do not fit the memory that is free; nothing was allocated.
         NumericalError: logits that are not finite.
         TypeError, ValueError: arguments of another kind or out of range.
     """
@@ -113,6 +118,7 @@ def generate(
         seed=seed,
         top_logprobs=top_logprobs,
         activations=activations,
+        progress=progress,
     )
     for event in session.run():
         row = rows[event.row]
@@ -145,6 +151,7 @@ def stream(
     logit_bias: Any = 0.0,
     banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
+    progress: Progress | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
     """Yield the tokens of `generate` for one prompt as they come, each with its text.
@@ -166,6 +173,7 @@ def stream(
         seed=seed,
         top_logprobs=top_logprobs,
         activations=activations,
+        progress=progress,
     )
     return _pieces(session, row)
 

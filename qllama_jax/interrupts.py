@@ -8,6 +8,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
+
 
 @contextlib.contextmanager
 def exit_at_interrupt(status: int) -> Iterator[None]:
@@ -27,6 +29,8 @@ def exit_at_interrupt(status: int) -> Iterator[None]:
     def wait() -> None:
         while number := os.read(reader, 1):
             if number[0] == signal.SIGINT:
+                if os.isatty(2):
+                    os.write(2, SHOW_CURSOR)
                 os.write(2, b"\n")  # after the terminal's ^C
                 os._exit(status)
         os.close(reader)

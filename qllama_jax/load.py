@@ -18,13 +18,16 @@ import numpy as np
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError, quoted
+from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.metadata import Metadata
 from qllama_jax.model_file import read_model_file
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import RopeFrequencies, rope_frequencies
+from qllama_jax.tensor_file import GGUFFile
 from qllama_jax.tensor_reader import Layout, Progress, TensorReader, place
 from qllama_jax.tokenizer import Tokenizer
 from qllama_jax.tokenizer.tokenizer import check_chat_template
+from qllama_jax.weight_bytes import weight_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,8 @@ def load(
             of another shape than its metadata say, or a weight that is not finite.
         ValueError: `gqa` is given for a GGUF file, or `layout` is none of the two.
         TypeError: `gqa` is no integer, or `chat_template` no text.
+        OutOfMemoryError: the weights, a cache of 128 positions and what computing takes do not fit
+            the memory that is free; no weight has been read.
     """
     check_chat_template(chat_template)
     if layout not in get_args(Layout):
@@ -90,8 +95,20 @@ def load(
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)
+    _check_fits(file, config, layout)
     params = _params(TensorReader(file, check_tensors, progress, layout), config)
     return Model(params, config, file.metadata, file.path, chat_template)
+
+
+def _check_fits(file: GGUFFile, config: ModelConfig, layout: Layout) -> None:
+    # While a tensor is packed it is there twice.
+    largest = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
+    needs = Needs(
+        weights=weight_bytes(file, layout),
+        cache=cache_bytes(config, 1, SMALLEST_CACHE),
+        workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), largest),
+    )
+    check_fits(f"{file.path}: a context of {SMALLEST_CACHE}", lambda _: needs, SMALLEST_CACHE)
 
 
 def _params(tensors: TensorReader, config: ModelConfig) -> Params:

@@ -20,6 +20,7 @@ from qllama_jax.errors import ContextOverflowError, NumericalError
 from qllama_jax.generate import read_ids, read_prompts
 from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations
+from qllama_jax.memory import Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.model import hidden_states, unembed
 from qllama_jax.params import Params
 from qllama_jax.session_arguments import power_of_two, whole
@@ -115,6 +116,7 @@ def score(model: Model, texts: Any, *, activations: Activations = "float") -> An
 
     Raises:
         ContextOverflowError: a text is longer than the model's context.
+        OutOfMemoryError: a text is longer than there is memory for; nothing was allocated.
         NumericalError: a log-probability that is not finite.
         TypeError, ValueError: what is neither text nor token ids of the vocabulary, or is empty.
     """
@@ -125,8 +127,24 @@ def score(model: Model, texts: Any, *, activations: Activations = "float") -> An
             raise ContextOverflowError(
                 f"text {i}: {row.size} tokens, the model's context is {model.config.context_length}"
             )
+    longest = max(row.size for row in rows)
+    _check_fits(f"text of {longest} tokens", model, longest, SMALLEST)
     scores = [_score(model, i, row, activations) for i, row in enumerate(rows)]
     return scores if is_batch else scores[0]
+
+
+def _check_fits(what: str, model: Model, tokens: int, smallest: int) -> None:
+    """Refuse to score so many tokens; they are padded to a power of two unless `smallest` is 1."""
+    config = model.config
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+
+    def needs(n: int) -> Needs:
+        padded = n if smallest == 1 else power_of_two(n, smallest)
+        logits = 3 * 4 * min(padded * config.vocab_size, LOGITS)
+        workspace = workspace_bytes(config, 1, padded) + logits
+        return Needs(cache=cache_bytes(config, 1, padded), workspace=workspace, loaded=weights)
+
+    check_fits(what, needs, tokens)
 
 
 def _score(model: Model, index: int, row: np.ndarray, activations: Activations) -> Score:
@@ -183,6 +201,7 @@ def perplexity(
         ValueError: a context below 4, too few tokens for one chunk, or one outside the vocabulary.
         TypeError: a text or what else are no token ids, or a context that is no integer.
         ContextOverflowError: `context` is longer than the model's.
+        OutOfMemoryError: it is longer than there is memory for; nothing was allocated.
         NumericalError: a log-probability that is not finite.
     """
     check_activations(activations)
@@ -191,6 +210,7 @@ def perplexity(
         raise ContextOverflowError(
             f"context={context}: the model's is {model.config.context_length}"
         )
+    _check_fits(f"context={context}", model, context, 1)
     ids = read_ids(model, tokens, "tokens")
     count = ids.size // context
     if count == 0:

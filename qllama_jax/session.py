@@ -19,17 +19,20 @@ import numpy as np
 
 from qllama_jax import decoding, layerwise
 from qllama_jax.cache import KVCache, init_cache, resize_cache
+from qllama_jax.compiling import compile_ahead
+from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import Chosen, DecodeState, Finish
 from qllama_jax.errors import ContextOverflowError, NumericalError
 from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations
+from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.sampling import Sampling
 from qllama_jax.sampling_ranges import check_sampling
 from qllama_jax.session_arguments import keys_of, power_of_two, whole, with_window
+from qllama_jax.tensor_reader import Progress
 
 SMALLEST_PROMPT = 8  # the smallest padded prompt
-PREFILL_CHUNK = 2048  # the largest; a longer prompt goes in several
-SMALLEST_CACHE = 128  # positions that decoding starts with
+PREFILL_CHUNK = 512  # the largest; a longer prompt goes in several
 MAX_STEPS = 64  # steps of one dispatch at the most
 DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
 MOST_TOP_LOGPROBS = 1000  # tokens whose log-probabilities one may ask for
@@ -89,6 +92,7 @@ class Session:
         sampling: Sampling,
         activations: Activations,
         top_logprobs: int,
+        progress: Progress | None = None,
     ) -> None:
         """Check everything that can be checked before work begins; the errors of `generate`."""
         check_activations(activations)
@@ -105,6 +109,12 @@ class Session:
                 f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}: the model's context"
                 f" is {context} tokens; after this prompt there is room for {room}"
             )
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        check_fits(
+            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
+            lambda context: _needs(model.config, len(prompts), context, weights),
+            longest + max_new_tokens,
+        )
         self.model = model
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
@@ -113,6 +123,7 @@ class Session:
         self.sampling = sampling.per_row(len(prompts))
         self.activations: Activations = activations
         self.stats = Stats(prompt_tokens=sum(map(len, prompts)))
+        self._progress = progress
         self._stopped: set[int] = set()
 
     def stop(self, row: int) -> None:
@@ -132,7 +143,13 @@ class Session:
         chosen = jax.tree.map(lambda column: np.asarray(column)[:, None], first)
         before = np.zeros(len(self.prompts), np.int32)
         self.stats.prefill_seconds = time.perf_counter() - began
-        filled, done, steps = max(map(len, self.prompts)), 1, 1
+        filled, done, steps, compiled = max(map(len, self.prompts)), 1, 1, 0
+        static = {
+            "config": self.model.config,
+            "max_steps": MAX_STEPS,
+            "activations": self.activations,
+            "top_logprobs": self.top_logprobs,
+        }
         while True:
             finish, after = np.asarray(state.finish), np.asarray(state.generated)
             yield from self._events(chosen, before, after, finish)
@@ -149,17 +166,11 @@ class Session:
                 )
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
-            state, chosen, ran = _decode(
-                self.model.params,
-                state,
-                self.sampling,
-                self.stop_tokens,
-                np.int32(limit),
-                config=self.model.config,
-                max_steps=MAX_STEPS,
-                activations=self.activations,
-                top_logprobs=self.top_logprobs,
-            )
+            arguments = self.model.params, state, self.sampling, self.stop_tokens, np.int32(limit)
+            if compiled != state.cache.max_length:
+                compile_ahead(_decode, *arguments, **static)
+                compiled = state.cache.max_length
+            state, chosen, ran = _decode(*arguments, **static)
             count = int(ran)
             chosen, before = jax.tree.map(np.asarray, chosen), after
             filled, done = filled + count, done + count
@@ -175,7 +186,10 @@ class Session:
         longest = int(lengths.max())
         width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
         cache = init_cache(self.model.config, len(self.prompts), width)
-        logits = None
+        total, logits = int(lengths.sum()), None
+        progress = self._progress if longest > width else None
+        if progress is not None:
+            progress(0, total)
         for begin in range(0, longest, width):
             counts = np.clip(lengths - begin, 0, width).astype(np.int32)
             tokens = np.zeros((len(self.prompts), width), np.int32)
@@ -193,8 +207,9 @@ class Session:
                 config=self.model.config,
                 activations=self.activations,
             )
-            new.block_until_ready()  # one chunk a dispatch: Ctrl-C need not wait for the rest
             logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+            if progress is not None:
+                progress(int(np.minimum(lengths, begin + width).sum()), total)
         assert logits is not None
         return logits, cache
 
@@ -242,3 +257,14 @@ class Session:
                     " weight or an activation is NaN or infinite, or biases and penalties leave no"
                     " finite one"
                 )
+
+
+def _needs(config: ModelConfig, batch_size: int, context: int, weights: int) -> Needs:
+    """Return what a generation of `context` tokens, prompt and new ones together, allocates."""
+    positions = context - 1  # the last token is not stored
+    room = power_of_two(positions, SMALLEST_CACHE)
+    cache = cache_bytes(config, batch_size, room)
+    chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
+    growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
+    workspace = max(workspace_bytes(config, batch_size, chunk), growing)
+    return Needs(cache=cache, workspace=workspace, loaded=weights)

@@ -19,7 +19,7 @@ import jax
 import pytest
 
 import qllama_jax as ql
-from qllama_jax import cli
+from qllama_jax import cli, session
 from qllama_jax.cli import main
 from qllama_jax.compilation_cache import set_compilation_cache
 from qllama_jax.matmul import Activations
@@ -189,6 +189,7 @@ DEFAULTS = {
     "stop": (),
     "activations": "auto",
     "ignore_eos": False,
+    "progress": None,
 }
 ALL_FLAGS = {
     "max_new_tokens": 7,
@@ -213,6 +214,7 @@ OTHER_OPTIONS = {
     "penalty_last_n": -1,
     "stop": ("end", "\n"),
     "logit_bias": {15: 1.25, 7: float("-inf"), 2: 0.1},
+    "progress": None,
 }
 
 
@@ -311,6 +313,22 @@ def test_a_bar_on_a_terminal_leaves_stdout_alone(path, capsys, monkeypatch):
     assert "loading" in err
     total = sum(tensor.nbytes for tensor in ql.read_gguf(path).tensors.values())
     assert f"{total / 1000:.1f}/{total / 1000:.1f} kB" in err
+
+
+def test_a_bar_of_a_long_prompt_on_a_terminal_leaves_stdout_alone(path, capsys, monkeypatch):
+    monkeypatch.setattr(session, "PREFILL_CHUNK", 8)
+    line = ["generate", path, "hello" * 10, "-n", "4", "--temperature", "0", NO_CACHE]
+    assert main(line) == 0
+    plain, quiet = capsys.readouterr()
+    assert "prompt " not in quiet.replace("prompt: ", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    count = re.search(r"prompt: (\d+) tokens", quiet)
+    assert count is not None
+    assert f"{count[1]}/{count[1]}" in err
 
 
 @pytest.mark.parametrize("system", [None, "and"])
