@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -101,7 +102,7 @@ def _check_fits(what: str, like: Any, a_position: int, max_length: int) -> None:
 
     A trace allocates nothing, and how much of a cache on several devices each holds, it may choose.
     """
-    traced = isinstance(like, jax.core.Tracer) or not isinstance(like, jax.Array)
+    traced = isinstance(like, Tracer) or not isinstance(like, jax.Array)
     if not traced and len(like.devices()) == 1:
         check_fits(what, lambda n: Needs(cache=a_position * n), max_length, "max_length")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,6 +46,8 @@ _decode = jax.jit(
     donate_argnames="state",
 )
 _resize = jax.jit(resize_cache, static_argnames="max_length")
+# Kinds of decoding loops that are compiled, by the model that they were compiled for.
+_compiled: weakref.WeakKeyDictionary[Model, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -143,7 +146,7 @@ class Session:
         chosen = jax.tree.map(lambda column: np.asarray(column)[:, None], first)
         before = np.zeros(len(self.prompts), np.int32)
         self.stats.prefill_seconds = time.perf_counter() - began
-        filled, done, steps, compiled = max(map(len, self.prompts)), 1, 1, 0
+        filled, done, steps = max(map(len, self.prompts)), 1, 1
         static = {
             "config": self.model.config,
             "max_steps": MAX_STEPS,
@@ -167,9 +170,11 @@ class Session:
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
             arguments = self.model.params, state, self.sampling, self.stop_tokens, np.int32(limit)
-            if compiled != state.cache.max_length:
+            compiled = _compiled.setdefault(self.model, set())
+            kind = (state.recent.shape, state.cache.max_length, *static.values())
+            if kind not in compiled:  # to ask JAX takes 10 ms a generation
                 compile_ahead(_decode, *arguments, **static)
-                compiled = state.cache.max_length
+                compiled.add(kind)
             state, chosen, ran = _decode(*arguments, **static)
             count = int(ran)
             chosen, before = jax.tree.map(np.asarray, chosen), after

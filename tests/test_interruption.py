@@ -69,7 +69,7 @@ def test_at_most_one_layer_waits_while_another_runs(
     made: list[jax.Array] = []
 
     def layer(*arguments: Any, **static: Any) -> Any:
-        assert all(keys.is_ready() for keys in made[:-1])
+        assert all(keys.is_ready() for keys in made[:-1])  # pyright: ignore[reportAttributeAccessIssue]
         x, k, v = run(*arguments, **static)
         made.append(k)
         return x, k, v
@@ -110,9 +110,9 @@ def test_what_is_compiled_ahead_is_traced_and_compiled_once():
         traced.append(1)
         return 3 * jnp.sin(x)
 
-    def listen(name: str, *_: Any, **__: Any) -> None:
-        if "backend_compile" in name:
-            compiled.append(name)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
 
     x = jnp.ones((7,))
     jax.monitoring.register_event_duration_secs_listener(listen)

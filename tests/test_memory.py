@@ -59,7 +59,7 @@ def v2(folder: str, limit: Any, used: int, files: int = 0, swap: Any = None) -> 
 
 
 def v1(folder: str, limit: int, used: int, files: int = 0, both: Any = None) -> dict[str, str]:
-    made = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used}
+    made: dict[str, Any] = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used}
     made["memory.stat"] = f"inactive_file 3\ntotal_inactive_file {files}\ntotal_active_file 0"
     if both is not None:
         made |= {"memory.memsw.limit_in_bytes": both[0], "memory.memsw.usage_in_bytes": both[1]}
@@ -189,8 +189,11 @@ def test_what_two_layers_and_a_choice_take_stays_below_the_bound(
     recent, stop = of((rows, 64), jnp.int32), of((1,), jnp.int32)
     start = session._start.lower(of((rows, V)), cache, recent, keys, sampling, stop).compile()
     bound = workspace_bytes(config, rows, tokens)
-    assert 2 * layer.memory_analysis().temp_size_in_bytes <= bound
-    assert start.memory_analysis().temp_size_in_bytes <= bound
+    of_layer, of_start = layer.memory_analysis(), start.memory_analysis()
+    assert of_layer is not None
+    assert of_start is not None
+    assert 2 * of_layer.temp_size_in_bytes <= bound
+    assert of_start.temp_size_in_bytes <= bound
 
 
 # Refusals
