@@ -101,12 +101,17 @@ def load(
 
 
 def _check_fits(file: GGUFFile, config: ModelConfig, layout: Layout) -> None:
+    largest = max((max(tensor.shape) for tensor in file.tensors.values()), default=0)
+    c = config
+    widths = c.embed_dim, c.ffn_dim, c.num_heads * c.head_dim, c.vocab_size
+    if max(widths) > largest or c.num_layers > len(file.tensors):
+        return  # no tensor is so large: that will be refused as what it is
     # While a tensor is packed it is there twice.
-    largest = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
+    packed_twice = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
     needs = Needs(
         weights=weight_bytes(file, layout),
         cache=cache_bytes(config, 1, SMALLEST_CACHE),
-        workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), largest),
+        workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), packed_twice),
     )
     check_fits(f"{file.path}: a context of {SMALLEST_CACHE}", lambda _: needs, SMALLEST_CACHE)
 

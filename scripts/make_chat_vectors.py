@@ -20,11 +20,12 @@ import hashlib
 import json
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import (  # pyright: ignore[reportMissingImports]
-    render_jinja_template,
+from transformers.utils import (  # pyright: ignore[reportMissingImports]
+    chat_template_utils,
 )
 
 #: Given to each rendering, so that none depends on the day.
@@ -34,6 +35,17 @@ FIXED = {
     "date_string": "24 Nov 2026",
     "datetime": "Nov 24 2026",
 }
+
+
+class FixedDay(datetime):
+    """Takes the place of transformers' clock, for templates that ask for the time themselves."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        """The day of FIXED."""
+        return cls(2026, 11, 24, 12, tzinfo=tz)
+
+
 TOOL = {
     "type": "function",
     "function": {
@@ -130,7 +142,9 @@ def rendering(source: str, conversation: dict[str, Any]) -> str | None:
     variables = {"add_generation_prompt": True, "tools": None, **FIXED, **conversation}
     messages = variables.pop("messages")
     try:
-        texts, _ = render_jinja_template([messages], chat_template=source, **variables)
+        texts, _ = chat_template_utils.render_jinja_template(
+            [messages], chat_template=source, **variables
+        )
     except Exception:
         return None
     return hashlib.sha256(texts[0].encode()).hexdigest()
@@ -144,6 +158,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=default)
     args = parser.parse_args()
 
+    chat_template_utils.datetime = FixedDay
     paths = sorted((args.llama_cpp / "models" / "templates").glob("*.jinja"))
     inline = inline_templates((args.llama_cpp / "tests" / "test-chat-template.cpp").read_text())
     sources = {path.name: path.read_text("utf-8") for path in paths} | inline

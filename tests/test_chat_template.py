@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hostile_templates import EXHAUSTIONS, INJECTIONS, REFUSED
-from qllama_jax.chat_template import ChatTemplateError, render, render_chat
+from qllama_jax.chat_template import ChatTemplateError, names, render, render_chat
 
 VECTORS = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "chat_vectors.json.gz").read_bytes())
@@ -23,8 +23,17 @@ RENDERINGS = {name: texts for name, texts in VECTORS["renderings"].items() if an
 HELLO = [{"role": "user", "content": "hi"}]
 
 
+class DayOfTheVectors(datetime):
+    """The day on which transformers rendered them: some templates write today's date."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 11, 24, 12, tzinfo=tz)
+
+
 @pytest.mark.parametrize("name", RENDERINGS)
-def test_template_renders_as_in_transformers(name, vocab_path):
+def test_template_renders_as_in_transformers(name, vocab_path, monkeypatch):
+    monkeypatch.setattr(names, "datetime", DayOfTheVectors)
     source = VECTORS["templates"].get(name)
     if source is None:
         path = vocab_path("llama-spm").parent / "templates" / name

@@ -255,8 +255,8 @@ def test_a_trace_allocates_nothing_and_is_refused_nothing(model: ql.Model, set_f
     cache = ql.init_cache(model.config, 1, 8)
     set_free(1)
     shapes = jax.eval_shape(lambda: ql.init_cache(model.config, 64, 2**20))
-    assert shapes.k[0].shape[2] == 2**20
-    assert jax.eval_shape(lambda c: ql.resize_cache(c, 2**20), cache).v[0].shape[3] == 2**20
+    assert shapes.k[0].shape[3] == 2**20
+    assert jax.eval_shape(lambda c: ql.resize_cache(c, 2**20), cache).v[0].shape[2] == 2**20
 
 
 @pytest.mark.parametrize("rows", [1, 2])

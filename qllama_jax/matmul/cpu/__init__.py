@@ -49,7 +49,7 @@ def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
     rows = x.shape[0]
     if rows == 0:
         return jnp.zeros((0, w.out), x.dtype)
-    if int8_kernel.is_fastest(rows, w):
+    if int8_kernel.is_fastest(rows, w, with_residual):
         return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
     return _tiles(int8_kernel.round_activations(x, w.layout, with_residual), w)
 

@@ -94,16 +94,19 @@ def _residual_steps(layout: Layout) -> int:
     return INT8_MAX if bound is None else min(INT8_MAX, bound // layout.group)
 
 
-def is_fastest(rows: int, w: CPUWeight) -> bool:
+def is_fastest(rows: int, w: CPUWeight, with_residual: bool) -> bool:
     """Return whether this kernel is faster for so many rows of x than dequantized tiles in float32.
 
     Billion operations a second, [4096, 2048], as kernel and as tiles: Q4_0 and Q4_K 167 and 118 of
     64 rows, 173 and 160 of 512; with groups of 16 weights (Q6_K, Q3_K, Q2_K) 124 to 135 and 91 to
     113 of 64 rows, 129 to 139 and 126 to 133 of 128, and 129 to 136 and 158 to 164 of 512; with two
     fields a weight (five bits) 97 and 94 to 96 of 64 rows, 99 to 101 and 121 to 124 of 128. Of 512
-    rows and Q4_1 [1536, 576] tiles are faster by 8 %, and of Q4_0 [256, 2048] by 28 %.
+    rows and Q4_1 [1536, 576] tiles are faster by 8 %, and of Q4_0 [256, 2048] by 28 %. A residual
+    doubles this kernel's work and not that of tiles.
     """
     layout = w.layout
+    if with_residual:
+        return rows <= PART_ROWS // 4
     if len(layout.factors.bit) >= 2 * layout.group:
         return rows <= PART_ROWS // 2
     large = layout.group == GROUP and min(w.shape[-2:]) >= LARGE
