@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 #: Ways that have led, or were tried to lead, out of Jinja templates. {marker} is a path to write.
 INJECTIONS = {
     "subclasses_of_object": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -103,3 +105,8 @@ REFUSED = {
     ),
     "large_output": "{% for a in range(99999) %}" + "x" * 60_000 + "{% endfor %}",
 }
+
+
+def through(filters: str, source: str) -> str:
+    """A source whose expressions `{{ x }}` are `{{ (x)|filter }}`."""
+    return re.sub(r"{{ (.*?) }}", rf"{{{{ (\1){filters} }}}}", source) if filters else source
