@@ -245,10 +245,15 @@ def _with_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"], n: 
 
 
 def stop_ids(stop_tokens: Any) -> Int32[Array, " K"]:
-    """Return stop tokens, a list or an array of ids, as an array; TypeError for anything else."""
+    """Return stop tokens, a list or an array of ids, as an array; TypeError for anything else.
+
+    OverflowError for an id beyond int32, which would wrap to another token's.
+    """
     wanted = "stop_tokens: expected a list of ids or int32[K]"
     if not isinstance(stop_tokens, Sequence) and not hasattr(stop_tokens, "shape"):
         raise TypeError(f"{wanted}, found {type(stop_tokens).__name__}")
+    if isinstance(stop_tokens, np.ndarray):
+        stop_tokens = stop_tokens.tolist()  # JAX wraps an array's numbers, but no list's
     ids = jnp.asarray(stop_tokens)
     if ids.shape == (0,):
         return jnp.zeros((0,), jnp.int32)  # an empty list is one of floats to JAX

@@ -751,6 +751,14 @@ def test_stop_tokens_that_are_no_list_of_ids_are_refused(stop):
         decoding.stop_ids(stop)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32])
+def test_a_stop_token_beyond_int32_does_not_wrap_to_another(dtype):
+    for stop in ([2**31], np.asarray([2**31], dtype)):
+        with pytest.raises(OverflowError):
+            decoding.stop_ids(stop)
+    assert decoding.stop_ids(np.asarray([7, 2**31 - 1], dtype)).tolist() == [7, 2**31 - 1]
+
+
 def test_a_history_of_other_rows_is_refused():
     unchecked: Any = inspect.unwrap(ql.recent_tokens)
     for shape in ((2, 5), (5,)):
