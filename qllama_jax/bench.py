@@ -49,7 +49,7 @@ def measure(
         "compile_s": max(0.0, first - statistics.median(seconds for seconds, _ in runs)),
         "peak_bytes": device_peak_bytes() or host_peak_bytes(),
         "host_peak_bytes": host_peak_bytes(),
-        "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
+        "weight_bytes": model.nbytes,
     }
 
 

@@ -50,10 +50,14 @@ class Model:
         """Whether the file has a vocabulary; without one the model takes and gives token ids."""
         return self.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
     def __repr__(self) -> str:
         """Sizes, not arrays."""
-        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        return f"Model({self.path.name!r}, {weight_bytes / 1e6:.1f} MB of weights, {self.config})"
+        return f"Model({self.path.name!r}, {self.nbytes / 1e6:.1f} MB of weights, {self.config})"
 
 
 def load(

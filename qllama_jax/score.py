@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,28 +128,32 @@ def score(model: Model, texts: Any, *, activations: Activations = "float") -> An
                 f"text {i}: {row.size} tokens, the model's context is {model.config.context_length}"
             )
     longest = max(row.size for row in rows)
-    _check_fits(f"text of {longest} tokens", model, longest, SMALLEST)
+    _check_fits(f"text of {longest} tokens", model, longest, _padded)
     scores = [_score(model, i, row, activations) for i, row in enumerate(rows)]
     return scores if is_batch else scores[0]
 
 
-def _check_fits(what: str, model: Model, tokens: int, smallest: int) -> None:
-    """Refuse to score so many tokens; they are padded to a power of two unless `smallest` is 1."""
-    config = model.config
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+def _padded(tokens: int) -> int:
+    """Return the power of two that a text is padded to: few programs for many lengths."""
+    return power_of_two(tokens, SMALLEST)
 
-    def needs(n: int) -> Needs:
-        padded = n if smallest == 1 else power_of_two(n, smallest)
-        logits = 3 * 4 * min(padded * config.vocab_size, LOGITS)
-        workspace = workspace_bytes(config, 1, padded) + logits
-        return Needs(cache=cache_bytes(config, 1, padded), workspace=workspace, loaded=weights)
+
+def _check_fits(what: str, model: Model, tokens: int, room: Callable[[int], int]) -> None:
+    """Refuse to score so many tokens, for which room(tokens) positions are allocated."""
+    config = model.config
+
+    def needs(tokens: int) -> Needs:
+        positions = room(tokens)
+        logits = 3 * 4 * min(positions * config.vocab_size, LOGITS)
+        workspace = workspace_bytes(config, 1, positions) + logits
+        cache = cache_bytes(config, 1, positions)
+        return Needs(cache=cache, workspace=workspace, loaded=model.nbytes)
 
     check_fits(what, needs, tokens)
 
 
 def _score(model: Model, index: int, row: np.ndarray, activations: Activations) -> Score:
-    # Padded to powers of two, so that texts of many lengths compile a few times.
-    padded = np.zeros((1, power_of_two(row.size, SMALLEST)), np.int32)
+    padded = np.zeros((1, _padded(row.size)), np.int32)
     padded[0, : row.size] = row
     logprobs = token_logprobs(
         model.params,
@@ -210,7 +214,7 @@ def perplexity(
         raise ContextOverflowError(
             f"context={context}: the model's is {model.config.context_length}"
         )
-    _check_fits(f"context={context}", model, context, 1)
+    _check_fits(f"context={context}", model, context, lambda tokens: tokens)
     ids = read_ids(model, tokens, "tokens")
     count = ids.size // context
     if count == 0:

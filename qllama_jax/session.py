@@ -21,7 +21,6 @@ import numpy as np
 from qllama_jax import decoding, layerwise
 from qllama_jax.cache import KVCache, init_cache, resize_cache
 from qllama_jax.compiling import compile_ahead
-from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import Chosen, DecodeState, Finish
 from qllama_jax.errors import ContextOverflowError, NumericalError
 from qllama_jax.load import Model
@@ -112,10 +111,9 @@ class Session:
                 f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}: the model's context"
                 f" is {context} tokens; after this prompt there is room for {room}"
             )
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         check_fits(
             f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
-            lambda context: _needs(model.config, len(prompts), context, weights),
+            lambda context: _needs(model, len(prompts), context),
             longest + max_new_tokens,
         )
         self.model = model
@@ -170,9 +168,11 @@ class Session:
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
             arguments = self.model.params, state, self.sampling, self.stop_tokens, np.int32(limit)
+            # What a loop is compiled for, besides the model. To ask JAX takes 10 ms a generation.
             compiled = _compiled.setdefault(self.model, set())
-            kind = (state.recent.shape, state.cache.max_length, *static.values())
-            if kind not in compiled:  # to ask JAX takes 10 ms a generation
+            shapes = jax.tree.map(jnp.shape, (state.recent, self.sampling, self.stop_tokens))
+            kind = (str(shapes), state.cache.max_length, *static.values())
+            if kind not in compiled:
                 compile_ahead(_decode, *arguments, **static)
                 compiled.add(kind)
             state, chosen, ran = _decode(*arguments, **static)
@@ -264,12 +264,13 @@ class Session:
                 )
 
 
-def _needs(config: ModelConfig, batch_size: int, context: int, weights: int) -> Needs:
+def _needs(model: Model, batch_size: int, context: int) -> Needs:
     """Return what a generation of `context` tokens, prompt and new ones together, allocates."""
+    config = model.config
     positions = context - 1  # the last token is not stored
     room = power_of_two(positions, SMALLEST_CACHE)
     cache = cache_bytes(config, batch_size, room)
     chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
     growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
     workspace = max(workspace_bytes(config, batch_size, chunk), growing)
-    return Needs(cache=cache, workspace=workspace, loaded=weights)
+    return Needs(cache=cache, workspace=workspace, loaded=model.nbytes)
