@@ -16,8 +16,7 @@ import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from qllama_jax import cache as kv
-from qllama_jax.attention import attention
+from qllama_jax.attention import store_and_attend
 from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import linear, rms_norm, swiglu
@@ -25,6 +24,7 @@ from qllama_jax.matmul import Activations, check_activations, matmul
 from qllama_jax.moe import Routing, moe_swiglu
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import rope_cos_sin, rotate
+from qllama_jax.sharding import Partitioning
 
 Tap = Callable[[str, Array], Array]
 
@@ -152,6 +152,7 @@ class Entry(NamedTuple):
     counts: Array  # int32[B]: tokens that are stored; none of a poisoned row
     lengths: Array  # int32[B]: of the cache after them
     bad: Array  # bool[B]: poisoned rows
+    partitioning: Partitioning | None = None  # static
 
 
 def enter(
@@ -169,6 +170,8 @@ def enter(
     counts[b] tokens of row b follow start[b] positions of a cache with room for `max_length`.
     """
     T = (tokens if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+    if params.partitioning is not None:
+        tokens, start, counts = params.partitioning.whole((tokens, start, counts))
     bad = (start + counts > max_length) | (counts < 0) | (counts > T)
     if inputs_embeds is None:
         assert tokens is not None
@@ -182,7 +185,7 @@ def enter(
     positions = start[:, None] + np.arange(T, dtype=np.int32)[None]
     with jax.named_scope("rope"):
         cos_sin = rope_cos_sin(params.rope, positions)
-    return x, Entry(cos_sin, positions, count, lengths, bad)
+    return x, Entry(cos_sin, positions, count, lengths, bad, params.partitioning)
 
 
 def leave(x: Float[Array, "B T D"], entry: Entry) -> Float[Array, "B T D"]:
@@ -211,7 +214,9 @@ def unembed(
     with jax.named_scope("output"):
         output: Linear = params.token_embd if params.output is None else params.output
         x = rms_norm(hidden, params.output_norm.weight, config.norm_eps)
-        return matmul(x, output.weight, activations=activations).astype(jnp.float32)
+        logits = matmul(x, output.weight, activations=activations).astype(jnp.float32)
+        # Each device gets all of them, so that choosing a token is the same on a mesh.
+        return logits if params.partitioning is None else params.partitioning.whole(logits)
 
 
 def run_block(
@@ -242,17 +247,20 @@ def run_block(
         v = linear(y, block.attn_v, activations).reshape(B, T, K, H)
         with jax.named_scope("rope"):
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        start = positions[:, 0]
-        k_cache = kv.write(k_cache, k.transpose(0, 2, 3, 1), start, count, axis=3)
-        v_cache = kv.write(v_cache, v.transpose(0, 2, 1, 3), start, count, axis=2)
-        y = attention(q, k_cache, v_cache, positions).reshape(B, T, N * H)
+        y, k_cache, v_cache = store_and_attend(
+            q, k, v, k_cache, v_cache, positions, count, partitioning=entry.partitioning
+        )
+        y = y.reshape(B, T, N * H)
         x = probe("mid", x + probe("attn_out", linear(y, block.attn_output, activations)))
     with jax.named_scope("mlp"):
         y = probe("ffn_norm", rms_norm(x, block.ffn_norm.weight, config.norm_eps))
         routing = None
         if isinstance(block, MoEBlock):
             counted = jnp.arange(T, dtype=jnp.int32)[None] < count[:, None]
-            y, routing = moe_swiglu(y, counted, block, config.num_experts_per_token, activations)
+            active, partitioning = config.num_experts_per_token, entry.partitioning
+            y, routing = moe_swiglu(
+                y, counted, block, active, activations, partitioning=partitioning
+            )
         else:
             y = swiglu(y, block, activations)
         x = probe("out", x + probe("ffn_out", y))

@@ -107,6 +107,19 @@ class GGUFTensor:
         with self.source.open() as file:
             yield TensorRows(self, file, range(self.nbytes // row_bytes), row_bytes)
 
+    def fill(self, memory: memoryview, file: FileIO, offset: int) -> None:
+        """Read bytes of the tensor, from `offset` of its opened file on, until `memory` is full.
+
+        Several threads may read from one file at a time.
+        """
+        while memory:
+            count = _read_at(file, memory, offset)
+            if not count:
+                end = self.offset + self.nbytes
+                missing = end - os.fstat(file.fileno()).st_size
+                raise self.error(f"the file shrank: it ends {missing} bytes before byte {end}")
+            memory, offset = memory[count:], offset + count
+
 
 @dataclass(frozen=True, eq=False)
 class TensorRows:
@@ -130,16 +143,8 @@ class TensorRows:
         """Read consecutive rows into new memory, aligned to 64 bytes."""
         wanted = self.rows[rows]
         raw = aligned_bytes(len(wanted) * self.row_bytes)
-        rest, offset = memoryview(raw), self.tensor.offset + wanted.start * self.row_bytes
-        while rest:
-            count = _read_at(self.file, rest, offset)
-            if not count:
-                end = self.tensor.offset + self.tensor.nbytes
-                missing = end - os.fstat(self.file.fileno()).st_size
-                raise self.tensor.error(
-                    f"the file shrank: it ends {missing} bytes before byte {end}"
-                )
-            rest, offset = rest[count:], offset + count
+        begin = self.tensor.offset + wanted.start * self.row_bytes
+        self.tensor.fill(memoryview(raw), self.file, begin)
         return raw.reshape(len(wanted), self.row_bytes)
 
 

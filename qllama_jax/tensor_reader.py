@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import jax
@@ -100,6 +101,13 @@ class TensorReader:
     @contextmanager
     def _take(self, name: str, shape: tuple[int, ...]) -> Iterator[CheckedRows]:
         """Take a tensor out of the file, to be read by rows."""
+        block, tensor = self._claim(name, shape)
+        with tensor.open() as rows:
+            yield CheckedRows(rows, block, self._check_tensors)
+        self._done(tensor)
+
+    def _claim(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], GGUFTensor]:
+        """Take a tensor of this shape out of those that are left, unread: its format and itself."""
         tensor = self._left.pop(name, None)
         if tensor is None:
             raise GGUFError(f"{self.file.path}: tensor {quoted(name)} is missing")
@@ -108,12 +116,20 @@ class TensorReader:
         if tensor.shape[::-1] != shape and not one:
             found, wanted = list(tensor.shape), list(shape[::-1])
             raise tensor.error(f"shape {found}, wanted {wanted}")
-        block = _format_of(tensor)
-        with tensor.open() as rows:
-            yield CheckedRows(rows, block, self._check_tensors)
+        return _format_of(tensor), tensor
+
+    def _done(self, tensor: GGUFTensor) -> None:
         self._bytes_done += tensor.nbytes
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
+
+    def place(self, tree: Any) -> Any:
+        """Put every array of a tree where the weights are."""
+        return place(tree)
+
+    def place_bias(self, name: str, bias: np.ndarray | None) -> Leaf:
+        """Put the bias of a linear layer, if it has one, where the layer's outputs are."""
+        return self.place(bias)
 
     def check_nothing_left(self) -> None:
         """Refuse a file with tensors that nobody took: it is not what it says it is."""
@@ -145,20 +161,26 @@ class CheckedRows:
     def __getitem__(self, rows: slice) -> UInt8[np.ndarray, "rows row_bytes"]:
         """Read consecutive rows, as `TensorRows` does."""
         raw = self.rows[rows]
-        if self.check and any(bad.any() for bad in self.block.view(raw).not_finite().values()):
-            raise _not_finite(self.rows.tensor, self.block)
+        if self.check:
+            try:
+                check_finite(self.rows.tensor, self.block.view(raw))
+            except GGUFError:  # which shall say how often and where in all of the tensor
+                check_finite(self.rows.tensor, self.block.view(self.rows.tensor.data))
+                raise
         return raw
 
 
-def _not_finite(tensor: GGUFTensor, block: type[Block]) -> GGUFError:
-    """The error for a tensor that is not finite somewhere: how often, and where first."""
-    found = block.view(tensor.data).not_finite()
-    field, bad = next((field, bad) for field, bad in found.items() if bad.any())
-    first = list(map(int, np.argwhere(bad)[0]))
-    return tensor.error(
-        f"{int(bad.sum())} of its {bad.size} {tensor.qtype.name} field {field!r} are NaN or"
-        f" infinite, the first at index {first}; check_tensors=False loads it all the same"
-    )
+def check_finite(tensor: GGUFTensor, packed: Block, begin: tuple[int, ...] = ()) -> None:
+    """Refuse what is not finite among blocks of a tensor that begin there in it."""
+    for field, bad in packed.not_finite().items():
+        if bad.any():
+            first = list(map(int, np.argwhere(bad)[0]))
+            first = [at + start for at, start in zip_longest(first, begin, fillvalue=0)]
+            raise tensor.error(
+                f"{int(bad.sum())} of its {bad.size} {tensor.qtype.name} field {field!r} are"
+                f" NaN or infinite, the first at index {first}; check_tensors=False loads it"
+                " all the same"
+            )
 
 
 def _format_of(tensor: GGUFTensor) -> type[Block]:

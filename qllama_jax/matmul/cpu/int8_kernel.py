@@ -27,8 +27,8 @@ ACCUMULATORS = 2**22
 # More rows of x go through the weight in parts: of 512 rows 128 at a time are the fastest, with
 # 158 to 175 billion operations a second in Q4_0 and Q4_K, dequantized tiles 148 to 162.
 PART_ROWS = 128
-# Parts that meet a slab of the weight one after the other, while it lies in the caches: 512 rows take
-# 5 % less time than with a copy of each slab for each part.
+# Parts that meet a slab of the weight one after the other, while it lies in the caches: 512 rows
+# take 5 % less time than with a copy of each slab for each part.
 PARTS = 4
 LARGE = 2048  # rows and columns of a weight for which that holds
 # Groups that stage two sums: more are slower by 1.4 (16) to 2.7 times (32) and compile slowly.
@@ -81,8 +81,8 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
         first = jnp.minimum(i * size, tiles - size)
         slab = lax.optimization_barrier(w.slice_tiles(first, size))
         for j, part in enumerate(x):
-            # The barrier keeps XLA from shifting the words once for all parts, which it would store:
-            # 512 rows of Q4_K [5632, 2048] take 112 instead of 81 ms without it.
+            # The barrier keeps XLA from storing words that it shifts once for all parts: 512 rows
+            # of Q4_K [5632, 2048] take 112 instead of 81 ms without it.
             slab = lax.optimization_barrier(slab)
             product = fence(_product(slab, part, fence, with_offsets=False))
             y = lax.dynamic_update_slice(y, product, (np.int32(j * B), first * LANES))
