@@ -158,6 +158,8 @@ def _check_fits(
     partitioning = None if plan is None else plan.partitioning
     # While a tensor is packed it is there twice.
     packed_twice = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
+    if plan is not None:  # a part of it is
+        packed_twice //= plan.partitioning.mesh.size
     needs = Needs(
         weights=weight_bytes(file, layout) if plan is None else plan.device_bytes,
         cache=cache_bytes(config, 1, SMALLEST_CACHE, partitioning=partitioning),

@@ -96,7 +96,7 @@ class TestWhatDoesNotDivide:
     def test_it_is_replicated_where_that_is_asked_for(self, tiny_llama):
         path = tiny_llama("Q4_K", **WIDE | {"layers": 1})
         mesh = make_mesh((1, 8))
-        with pytest.warns(UserWarning, match=r"attn_output.*4 blocks of 256.*1 other weight"):
+        with pytest.warns(UserWarning, match=r"attn_output.*4 blocks of 256.*and so are 1 others"):
             model = ql.load(path, mesh=mesh, uneven="replicate")
         assert model.params.blk[0].attn_output.weight.axes == ((), ())
         assert model.params.blk[0].attn_q.weight.axes == (("model",), ())
