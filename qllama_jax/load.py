@@ -61,6 +61,12 @@ class Model:
         """Bytes of the weights in memory."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh over which the weights are cut."""
+        partitioning = self.params.partitioning
+        return None if partitioning is None else partitioning.mesh
+
     @cached_property
     def device_nbytes(self) -> int:
         """Bytes of the weights on one device; all of them where there is no mesh."""
@@ -152,13 +158,16 @@ def _check_fits(
     partitioning = None if plan is None else plan.partitioning
     # While a tensor is packed it is there twice.
     packed_twice = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
+    if plan is not None:  # a part of it is
+        packed_twice //= plan.partitioning.mesh.size
     needs = Needs(
         weights=weight_bytes(file, layout) if plan is None else plan.device_bytes,
         cache=cache_bytes(config, 1, SMALLEST_CACHE, partitioning=partitioning),
         workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), packed_twice),
     )
     what = f"{file.path}: a context of {SMALLEST_CACHE}"
-    check_fits(what, lambda _: needs, SMALLEST_CACHE, partitioning=partitioning)
+    mesh = None if partitioning is None else partitioning.mesh
+    check_fits(what, lambda _: needs, SMALLEST_CACHE, mesh=mesh)
 
 
 def _params(tensors: TensorReader, config: ModelConfig) -> Params:

@@ -149,7 +149,7 @@ def _check_fits(what: str, model: Model, tokens: int, room: Callable[[int], int]
         cache = cache_bytes(config, 1, positions, partitioning=model.params.partitioning)
         return Needs(cache=cache, workspace=workspace, loaded=model.device_nbytes)
 
-    check_fits(what, needs, tokens, partitioning=model.params.partitioning)
+    check_fits(what, needs, tokens, mesh=model.mesh)
 
 
 def _score(model: Model, index: int, row: np.ndarray, activations: Activations) -> Score:

@@ -116,7 +116,7 @@ class Session:
             f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
             lambda context: _needs(model, len(prompts), context),
             longest + max_new_tokens,
-            partitioning=model.params.partitioning,
+            mesh=model.mesh,
         )
         self.model = model
         self.prompts = prompts

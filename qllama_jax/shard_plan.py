@@ -64,9 +64,9 @@ def plan_shards(
         raise ValueError(f"{file.path}: {_refusal(failures[0], weights, partitioning)}")
     if failures:
         names = {failure.weight.name for failure in failures}
-        others = f" (and {len(names) - 1} other weights)" if len(names) > 1 else ""
+        others = f"; and so are {len(names) - 1} others" if len(names) > 1 else ""
         reason = _reason(failures[0], partitioning)
-        warnings.warn(f"{file.path}: not cut, so replicated: {reason}{others}", stacklevel=4)
+        warnings.warn(f"{file.path}: not cut, so replicated: {reason}{others}", stacklevel=3)
     whole = {(failure.weight.together, failure.logical) for failure in failures}
     cuts = {
         weight.name: tuple(
@@ -123,8 +123,8 @@ def _fused(config: ModelConfig) -> Iterator[tuple[str, int]]:
 
 def _weight(name: str, tensor: GGUFTensor, out: tuple[int, ...], nbytes: int) -> _Weight:
     block, _ = BLOCK_SIZES[tensor.qtype]
-    prefix, stem = name.removesuffix(".weight").rsplit(".", 1) if "." in name[:-7] else ("", name)
-    together = f"{prefix} experts" if stem in _EXPERTS else name
+    *block_name, stem, _ = name.split(".")
+    together = f"{block_name} experts" if stem in _EXPERTS else name
     return _Weight(name, (*out, tensor.shape[0] // block), block, nbytes, together)
 
 

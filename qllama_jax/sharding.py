@@ -33,7 +33,7 @@ DEFAULT_RULES: dict[str, str | None] = {
 }
 
 # Logical axes of the weights, [*lead, out, in], by the last part of their names. A router is whole
-# on every device, for each token's choice is among all experts.
+# on every device, for each token's choice is among all experts; an expert sees whole activations.
 WEIGHT_AXES: dict[str, tuple[str | None, ...]] = {
     "token_embd": ("vocab", "embed"),
     "output": ("vocab", "embed"),
@@ -45,9 +45,9 @@ WEIGHT_AXES: dict[str, tuple[str | None, ...]] = {
     "ffn_up": ("ffn", "embed"),
     "ffn_down": ("embed", "ffn"),
     "ffn_gate_inp": (None, None),
-    "ffn_gate_exps": ("experts", "ffn", "embed"),
-    "ffn_up_exps": ("experts", "ffn", "embed"),
-    "ffn_down_exps": ("experts", "embed", "ffn"),
+    "ffn_gate_exps": ("experts", "ffn", None),
+    "ffn_up_exps": ("experts", "ffn", None),
+    "ffn_down_exps": ("experts", None, "ffn"),
 }
 
 

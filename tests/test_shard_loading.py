@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import qllama_jax as ql
+from legacy_files import TYPES, legacy_file
 from meshes import KINDS, SMALL, TOKENS, WIDE, assert_close, device_bytes, logits_of, make_mesh
 from qllama_jax import memory
 from qllama_jax.shard_plan import plan_shards
@@ -28,6 +32,22 @@ def test_a_part_of_a_tensor_is_that_part_of_the_whole(tiny_llama, stem):
         index = tuple(slice(int(a), int(b)) for a, b in ends)
         part = read_part(tensor, tensor.shape[::-1], index)
         assert (part == whole[index].reshape(part.shape)).all()
+
+
+@pytest.mark.parametrize("kind", ["GGML", "GGJT v1", "GGJT v2"])
+def test_blocks_of_files_from_before_gguf_lie_on_a_mesh_as_on_a_device(tiny_llama, tmp_path, kind):
+    options = {"layers": 1, "embed": 256, "ffn": 768, "heads": 8, "kv_heads": 8, "vocab": 384}
+    source = tiny_llama("F32", **options)
+    for name in TYPES[kind]:
+        path = tmp_path / f"{name}.bin"
+        path.write_bytes(legacy_file(source, kind, name).encode())
+        one = ql.load(path, layout="file").params.blk[0]
+        cut = ql.load(path, mesh=make_mesh((2, 4))).params.blk[0]
+        for stem in ("attn_k", "ffn_down"):
+            whole, parts = (getattr(block, stem).weight for block in (one, cut))
+            assert parts.axes == ((("model",), ()) if stem == "attn_k" else ((), ("model",)))
+            for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+                assert (np.asarray(a) == np.asarray(b)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,10 +84,10 @@ def test_each_device_has_to_have_room_for_its_own_part(tiny_llama, monkeypatch):
 class TestWhatDoesNotDivide:
     def test_the_error_names_tensor_axis_sizes_and_the_largest_mesh(self, tiny_llama):
         path = tiny_llama("Q4_K", **WIDE | {"layers": 1})
-        with pytest.raises(ValueError, match="does") as info:
+        with pytest.raises(ValueError, match="is not divided") as info:
             ql.load(path, mesh=make_mesh((1, 8)))
         message = str(info.value)
-        assert '"blk.0.attn_output.weight"' in message
+        assert "'blk.0.attn_output.weight'" in message
         assert "'heads', 1024 inputs in 4 blocks of 256" in message
         assert "'model' of 8" in message
         assert "{'data': 1, 'model': 4}" in message
@@ -76,7 +96,7 @@ class TestWhatDoesNotDivide:
     def test_it_is_replicated_where_that_is_asked_for(self, tiny_llama):
         path = tiny_llama("Q4_K", **WIDE | {"layers": 1})
         mesh = make_mesh((1, 8))
-        with pytest.warns(UserWarning, match=r"attn_output.*4 blocks of 256.*1 other weight"):
+        with pytest.warns(UserWarning, match=r"attn_output.*4 blocks of 256.*and so are 1 others"):
             model = ql.load(path, mesh=mesh, uneven="replicate")
         assert model.params.blk[0].attn_output.weight.axes == ((), ())
         assert model.params.blk[0].attn_q.weight.axes == (("model",), ())
@@ -102,12 +122,17 @@ class TestWhatDoesNotDivide:
             ({"rules": {"head": "model"}}, "no logical axis 'head'"),
             ({"rules": {"heads": "tp"}}, "'heads' goes over 'tp'"),
             ({"rules": {"batch": None}}, "mesh axis 'data' of 2 devices: no rule names it"),
-            ({"uneven": "pad"}, "uneven='pad'"),
         ],
     )
     def test_a_rule_for_what_is_not_there_is_refused(self, tiny_llama, options, words):
         with pytest.raises(ValueError, match=re.escape(words)):
             ql.load(tiny_llama(**KINDS["dense"]), mesh=make_mesh((2, 4)), **options)
+
+
+def test_an_unknown_way_with_what_is_uneven_is_refused_by_name(tiny_llama):
+    unchecked: Any = inspect.unwrap(ql.load)  # types are checked in tests alone
+    with pytest.raises(ValueError, match=r"uneven='pad': expected one of \('refuse', 'replicate'"):
+        unchecked(tiny_llama(**KINDS["dense"]), mesh=make_mesh((2, 4)), uneven="pad")
 
 
 def test_a_number_that_is_not_finite_is_refused_in_the_part_where_it_is(tiny_llama, tmp_path):
