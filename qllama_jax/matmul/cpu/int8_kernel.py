@@ -72,7 +72,7 @@ def _in_slabs(w: CPUWeight, x: Rounded, fence: Fence) -> Float32[Array, "B padde
 
     def write_tiles(i: Array, y: Array) -> Array:
         # Where `size` does not divide the tiles, the last slab repeats some.
-        first = jnp.minimum(i * size, tiles - size)
+        first = jnp.minimum(i.astype(jnp.int32) * size, tiles - size)  # int64 with jax_enable_x64
         slab = lax.optimization_barrier(w.slice_tiles(first, size))
         product = fence(_product(slab, x, fence, with_offsets=False))
         return lax.dynamic_update_slice(y, product, (np.int32(0), first * LANES))
