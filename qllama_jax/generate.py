@@ -254,7 +254,7 @@ def read_ids(model: Model, ids: Any, name: str) -> np.ndarray:
     wanted = f"{name}: expected a flat list of token ids"
     if not _is_list(ids):
         raise TypeError(f"{wanted}, found {_kind(ids)}")
-    if isinstance(ids, Sequence) and any(isinstance(token, bool) for token in ids):
+    if isinstance(ids, Sequence) and any(isinstance(token, bool | np.bool_) for token in ids):
         raise TypeError(f"{wanted}, found a bool among them")  # numpy would make it an integer
     try:
         ids = np.asarray(ids)

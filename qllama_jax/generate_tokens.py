@@ -90,9 +90,9 @@ def generate_tokens(
 
     Raises:
         ValueError: N, T or penalty_window is below 1, n is not in 0..V, `history` has another
-            number of rows, or a parameter of sampling is concrete and out of range, such as a
-            penalty_last_n above penalty_window (what is traced and above it ends its row in
-            `Finish.ERROR`).
+            number of rows, or a stop token or a parameter of sampling is concrete and out of range,
+            such as a penalty_last_n above penalty_window (what is traced and above it ends its row
+            in `Finish.ERROR`).
         TypeError: stop_tokens or a parameter of sampling that are no numbers.
         ContextOverflowError: T + N positions do not fit the cache, or the model's context.
     """
@@ -106,7 +106,7 @@ def generate_tokens(
             f"prompt of {T} + {max_new_tokens} new tokens: the model's context is"
             f" {config.context_length}"
         )
-    stop_tokens = stop_ids(stop_tokens)
+    stop_tokens = stop_ids(stop_tokens, config.vocab_size)
     if cache is None:
         cache = init_cache(config, B, T + max_new_tokens, mesh=params.partitioning)
     if T + max_new_tokens > cache.max_length:

@@ -140,6 +140,7 @@ def _over_tiles(
     size = unit * max(1, min(-(-count // (2 * unit)), TILE_VALUES // (unit * width)))
 
     def body(i: Array, carry: Array) -> Array:
+        i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set
         # Where `size` does not divide `count` the last tile starts earlier and repeats some rows.
         start = jnp.minimum(i * size, count - size)
         fresh = start + np.arange(size, dtype=np.int32) >= i * size

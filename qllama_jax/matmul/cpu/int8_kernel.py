@@ -78,7 +78,7 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
 
     def write_tiles(i: Array, y: Array) -> Array:
         # Where `size` does not divide the tiles, the last slab repeats some.
-        first = jnp.minimum(i * size, tiles - size)
+        first = jnp.minimum(i.astype(jnp.int32) * size, tiles - size)  # int64 with jax_enable_x64
         slab = lax.optimization_barrier(w.slice_tiles(first, size))
         for j, part in enumerate(x):
             # The barrier keeps XLA from storing words that it shifts once for all parts: 512 rows
