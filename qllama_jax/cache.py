@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -17,6 +19,7 @@ from qllama_jax.config import ModelConfig
 from qllama_jax.memory import Needs, cache_bytes, check_fits
 from qllama_jax.quants import Leaf
 from qllama_jax.rope import MAX_POSITIONS
+from qllama_jax.sharding import Partitioning
 
 
 @struct.dataclass
@@ -51,12 +54,17 @@ def init_cache(
     batch_size: int = 1,
     max_length: int = 512,
     dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | Partitioning | None = None,
 ) -> KVCache:
     """Return an empty cache, 2 * layers * B * K * S * H numbers.
 
+    On a mesh, that which the weights were loaded to (`model.params.partitioning` where they were
+    with rules of their own), it is cut by kv heads and by rows; where the heads do not divide, by
+    rows over the mesh axes of the heads too, if these divide.
+
     Raises:
         ValueError: batch_size or max_length below 1, or max_length above the 2^20 positions for
-            which rotary angles are exact.
+            which rotary angles are exact; a mesh with an axis that no rule names.
         OutOfMemoryError: there is no room for it. Inside a trace nothing is allocated or refused.
     """
     if batch_size < 1 or max_length < 1:
@@ -64,12 +72,18 @@ def init_cache(
     _check_positions(max_length)
     B, K, S, H = batch_size, config.num_kv_heads, max_length, config.head_dim
     layers = range(config.num_layers)
-    lengths = jnp.zeros((B,), jnp.int32)
-    a_position = cache_bytes(config, B, 1, jnp.dtype(dtype).itemsize)
-    _check_fits(f"init_cache: batch_size={B}, max_length={S}", lengths, a_position, S)
+    partitioning = Partitioning.of(mesh) if isinstance(mesh, Mesh) else mesh
+    over, whole = None, None
+    if partitioning is not None:
+        over = partitioning.sharding(*partitioning.cache_axes(B, config.num_heads, K))
+        whole = partitioning.sharding()
+    lengths = jnp.zeros((B,), jnp.int32, device=whole)
+    a_position = cache_bytes(config, B, 1, jnp.dtype(dtype).itemsize, partitioning)
+    what = f"init_cache: batch_size={B}, max_length={S}"
+    _check_fits(what, lengths, a_position, S, partitioning)
     return KVCache(
-        k=tuple(jnp.zeros((B, K, H, S), dtype) for _ in layers),
-        v=tuple(jnp.zeros((B, K, S, H), dtype) for _ in layers),
+        k=tuple(jnp.zeros((B, K, H, S), dtype, device=over) for _ in layers),
+        v=tuple(jnp.zeros((B, K, S, H), dtype, device=over) for _ in layers),
         lengths=lengths,
     )
 
@@ -97,14 +111,25 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     )
 
 
-def _check_fits(what: str, like: Any, a_position: int, max_length: int) -> None:
+def _check_fits(
+    what: str,
+    like: Any,
+    a_position: int,
+    max_length: int,
+    partitioning: Partitioning | None = None,
+) -> None:
     """Refuse a cache of `a_position` bytes a position on one device; `like` is an array of it.
 
-    A trace allocates nothing, and how much of a cache on several devices each holds, it may choose.
+    A trace allocates nothing, and a cache on several devices is resized in none but a trace.
     """
     traced = isinstance(like, Tracer) or not isinstance(like, jax.Array)
-    if not traced and len(like.devices()) == 1:
-        check_fits(what, lambda n: Needs(cache=a_position * n), max_length, "max_length")
+    if not traced and (partitioning is not None or len(like.devices()) == 1):
+        needs = functools.partial(_needs, a_position)
+        check_fits(what, needs, max_length, "max_length", partitioning)
+
+
+def _needs(a_position: int, max_length: int) -> Needs:
+    return Needs(cache=a_position * max_length)
 
 
 def _check_positions(max_length: int) -> None:

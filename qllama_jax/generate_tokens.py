@@ -108,7 +108,7 @@ def generate_tokens(
         )
     stop_tokens = stop_ids(stop_tokens)
     if cache is None:
-        cache = init_cache(config, B, T + max_new_tokens)
+        cache = init_cache(config, B, T + max_new_tokens, mesh=params.partitioning)
     if T + max_new_tokens > cache.max_length:
         raise ContextOverflowError(
             f"prompt of {T} + {max_new_tokens} new tokens: the cache has {cache.max_length}"

@@ -7,6 +7,7 @@ Field names are tensor names, so there is no table of names. The exceptions are 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import GGUFError, quoted
@@ -23,8 +25,11 @@ from qllama_jax.metadata import Metadata
 from qllama_jax.model_file import read_model_file
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import RopeFrequencies, rope_frequencies
+from qllama_jax.shard_plan import ShardPlan, Uneven, plan_shards
+from qllama_jax.shard_reader import ShardReader
+from qllama_jax.sharding import Partitioning, Rules
 from qllama_jax.tensor_file import GGUFFile
-from qllama_jax.tensor_reader import Layout, Progress, TensorReader, place
+from qllama_jax.tensor_reader import Layout, Progress, TensorReader
 from qllama_jax.tokenizer import Tokenizer
 from qllama_jax.tokenizer.tokenizer import check_chat_template
 from qllama_jax.weight_bytes import weight_bytes
@@ -68,8 +73,11 @@ def load(
     check_tensors: bool = True,
     layout: Layout = "auto",
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    uneven: Uneven = "refuse",
 ) -> Model:
-    """Load a Llama GGUF file; weights go to the default device, packed.
+    """Load a Llama GGUF file; weights go to the default device or over a mesh, packed.
 
     GGML, GGMF and GGJT files, from before GGUF, are loaded alike.
 
@@ -82,12 +90,22 @@ def load(
         check_tensors: refuse NaN and infinity among the weights and the scales of blocks.
         layout: "auto" arranges the weights as the default backend multiplies them fastest; "file"
             keeps the blocks of the file, which every backend can multiply.
-        progress: called with (bytes read, bytes in all) after each tensor.
+        progress: called with (bytes read, bytes in all) after each tensor; on a mesh a tensor
+            counts as a whole, though a process reads its own devices' parts alone.
+        mesh: the devices to cut the model over, with axes "data" and "model" (and "expert"), or
+            others that `rules` name. The weights are then in the blocks of the file.
+        rules: {logical axis: mesh axis, several or None}, in place of some of
+            `sharding.DEFAULT_RULES`: "batch", "vocab", "heads", "kv_heads", "ffn", "experts" and
+            "embed".
+        uneven: what becomes of a weight that the mesh does not divide: "refuse" raises, "replicate"
+            keeps it whole on every device and warns.
 
     Raises:
         GGUFError: the file is damaged, of another architecture, has a tensor too few, too many or
             of another shape than its metadata say, or a weight that is not finite.
-        ValueError: `gqa` is given for a GGUF file, or `layout` is none of the two.
+        ValueError: `gqa` is given for a GGUF file; `layout` or `uneven` is none of the two; a rule
+            names what is not there; the mesh does not divide a weight (the error names the largest
+            mesh that does).
         TypeError: `gqa` is no integer, or `chat_template` no text.
         OutOfMemoryError: the weights, a cache of 128 positions and what computing takes do not fit
             the memory that is free; no weight has been read.
@@ -95,29 +113,41 @@ def load(
     check_chat_template(chat_template)
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r}: expected one of {get_args(Layout)}")
+    if uneven not in get_args(Uneven):
+        raise ValueError(f"uneven={uneven!r}: expected one of {get_args(Uneven)}")
     file = read_model_file(path, gqa=gqa)
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)
-    _check_fits(file, config, layout)
-    params = _params(TensorReader(file, check_tensors, progress, layout), config)
+    if mesh is None:
+        _check_fits(file, config, layout)
+        params = _params(TensorReader(file, check_tensors, progress, layout), config)
+    else:
+        plan = plan_shards(file, config, Partitioning.of(mesh, rules), uneven)
+        _check_fits(file, config, layout, plan)
+        params = _params(ShardReader(file, check_tensors, progress, plan), config)
+        params = dataclasses.replace(params, partitioning=plan.partitioning)
     return Model(params, config, file.metadata, file.path, chat_template)
 
 
-def _check_fits(file: GGUFFile, config: ModelConfig, layout: Layout) -> None:
+def _check_fits(
+    file: GGUFFile, config: ModelConfig, layout: Layout, plan: ShardPlan | None = None
+) -> None:
     largest = max((max(tensor.shape) for tensor in file.tensors.values()), default=0)
     c = config
     widths = c.embed_dim, c.ffn_dim, c.num_heads * c.head_dim, c.vocab_size
     if max(widths) > largest or c.num_layers > len(file.tensors):
         return  # no tensor is so large: that will be refused as what it is
+    partitioning = None if plan is None else plan.partitioning
     # While a tensor is packed it is there twice.
     packed_twice = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
     needs = Needs(
-        weights=weight_bytes(file, layout),
-        cache=cache_bytes(config, 1, SMALLEST_CACHE),
+        weights=weight_bytes(file, layout) if plan is None else plan.device_bytes,
+        cache=cache_bytes(config, 1, SMALLEST_CACHE, partitioning=partitioning),
         workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), packed_twice),
     )
-    check_fits(f"{file.path}: a context of {SMALLEST_CACHE}", lambda _: needs, SMALLEST_CACHE)
+    what = f"{file.path}: a context of {SMALLEST_CACHE}"
+    check_fits(what, lambda _: needs, SMALLEST_CACHE, partitioning=partitioning)
 
 
 def _params(tensors: TensorReader, config: ModelConfig) -> Params:
@@ -128,9 +158,9 @@ def _params(tensors: TensorReader, config: ModelConfig) -> Params:
     params = Params(
         token_embd=Linear(weight=embedding("token_embd.weight", (V, D))),
         blk=tuple(_block(tensors, f"blk.{i}.", config) for i in range(config.num_layers)),
-        output_norm=Linear(weight=place(tensors.vector("output_norm.weight", D))),
+        output_norm=Linear(weight=tensors.place(tensors.vector("output_norm.weight", D))),
         output=None if tied else Linear(weight=tensors.matrix("output.weight", (V, D))),
-        rope=place(rope),
+        rope=tensors.place(rope),
     )
     tensors.check_nothing_left()
     return params
@@ -140,14 +170,14 @@ def _block(tensors: TensorReader, prefix: str, config: ModelConfig) -> DenseBloc
     D = config.embed_dim
     q, k, v = _query_key_value(tensors, prefix, config)
     attention = {
-        "attn_norm": Linear(weight=place(tensors.vector(prefix + "attn_norm.weight", D))),
+        "attn_norm": Linear(weight=tensors.place(tensors.vector(prefix + "attn_norm.weight", D))),
         "attn_q": q,
         "attn_k": k,
         "attn_v": v,
         "attn_output": _linear(
             tensors, prefix + "attn_output", D, config.num_heads * config.head_dim
         ),
-        "ffn_norm": Linear(weight=place(tensors.vector(prefix + "ffn_norm.weight", D))),
+        "ffn_norm": Linear(weight=tensors.place(tensors.vector(prefix + "ffn_norm.weight", D))),
     }
     F, E = config.ffn_dim, config.num_experts
     # A dense file may say that it has one expert; a router makes a mixture even of one.
@@ -173,7 +203,7 @@ def _block(tensors: TensorReader, prefix: str, config: ModelConfig) -> DenseBloc
 
 def _linear(tensors: TensorReader, name: str, out: int, width: int) -> Linear:
     weight = tensors.matrix(f"{name}.weight", (out, width))
-    return Linear(weight=weight, bias=place(tensors.optional_vector(f"{name}.bias", out)))
+    return Linear(weight=weight, bias=tensors.place(tensors.optional_vector(f"{name}.bias", out)))
 
 
 def _query_key_value(tensors: TensorReader, prefix: str, config: ModelConfig) -> list[Linear]:
@@ -193,7 +223,7 @@ def _query_key_value(tensors: TensorReader, prefix: str, config: ModelConfig) ->
             tensors.optional_vector(f"{name}.bias", out)
             for name, out in zip(names, rows, strict=True)
         ]
-    return [Linear(w, place(b)) for w, b in zip(weights, biases, strict=True)]
+    return [Linear(w, tensors.place(b)) for w, b in zip(weights, biases, strict=True)]
 
 
 def _experts(tensors: TensorReader, name: str, shape: tuple[int, int, int]) -> Linear:

@@ -12,6 +12,7 @@ import numpy as np
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import OutOfMemoryError
 from qllama_jax.free_memory import free_bytes
+from qllama_jax.sharding import Partitioning
 
 SMALLEST_CACHE = 128  # positions that a generation starts with
 
@@ -31,16 +32,21 @@ class Needs(NamedTuple):
 
 
 def check_fits(
-    what: str, needs: Callable[[int], Needs], context: int, noun: str = "context"
+    what: str,
+    needs: Callable[[int], Needs],
+    context: int,
+    noun: str = "context",
+    partitioning: Partitioning | None = None,
 ) -> None:
     """Refuse a context, `needs(context)`, for which the default device has no room.
 
-    `needs` must not fall as the context grows. Where nobody knows what is free, nothing is refused.
+    On a mesh `needs` are those of each device. They must not fall as the context grows. Where
+    nobody knows what is free, nothing is refused.
 
     Raises:
         OutOfMemoryError: `what`, what it needs, what is free and the longest context that fits.
     """
-    wanted, free = needs(context), free_bytes(default_device())
+    wanted, free = needs(context), _free_bytes(partitioning)
     if free is None or wanted.total <= free:
         return
     longest = bisect.bisect_right(range(1, context), free, key=lambda n: needs(n).total)
@@ -63,15 +69,37 @@ def check_fits(
     )
 
 
+def _free_bytes(partitioning: Partitioning | None) -> int | None:
+    if partitioning is None:
+        return free_bytes(default_device())
+    devices = partitioning.mesh.local_devices
+    free = free_bytes(devices[0])
+    # Several devices that are CPUs share one memory.
+    return free // len(devices) if free and devices[0].platform == "cpu" else free
+
+
 def default_device() -> Any:
     """Return the device on which arrays are made."""
     return next(iter(jax.device_put(np.int32(0)).devices()))
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, max_length: int, itemsize: int = 4) -> int:
-    """Return the bytes of `init_cache`'s keys and values, of `itemsize` bytes a number."""
+def cache_bytes(
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    itemsize: int = 4,
+    partitioning: Partitioning | None = None,
+) -> int:
+    """Return the bytes of `init_cache`'s keys and values, of `itemsize` bytes a number.
+
+    On a mesh those of one device.
+    """
     a_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return batch_size * max_length * a_position * itemsize
+    parts = 1
+    if partitioning is not None:
+        over = partitioning.cache_axes(batch_size, config.num_heads, config.num_kv_heads)
+        parts = partitioning.size((*over[0], *over[1]))
+    return batch_size * max_length * a_position * itemsize // parts
 
 
 def workspace_bytes(config: ModelConfig, batch_size: int, tokens: int) -> int:

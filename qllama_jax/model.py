@@ -25,6 +25,7 @@ from qllama_jax.matmul import Activations, check_activations, matmul
 from qllama_jax.moe import Routing, moe_swiglu
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import rope_cos_sin, rotate
+from qllama_jax.sharding import Partitioning, spec
 
 Tap = Callable[[str, Array], Array]
 
@@ -152,6 +153,7 @@ class Entry(NamedTuple):
     counts: Array  # int32[B]: tokens that are stored; none of a poisoned row
     lengths: Array  # int32[B]: of the cache after them
     bad: Array  # bool[B]: poisoned rows
+    partitioning: Partitioning | None = None  # static
 
 
 def enter(
@@ -169,6 +171,8 @@ def enter(
     counts[b] tokens of row b follow start[b] positions of a cache with room for `max_length`.
     """
     T = (tokens if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+    if params.partitioning is not None:
+        tokens, start, counts = params.partitioning.whole((tokens, start, counts))
     bad = (start + counts > max_length) | (counts < 0) | (counts > T)
     if inputs_embeds is None:
         assert tokens is not None
@@ -182,7 +186,7 @@ def enter(
     positions = start[:, None] + np.arange(T, dtype=np.int32)[None]
     with jax.named_scope("rope"):
         cos_sin = rope_cos_sin(params.rope, positions)
-    return x, Entry(cos_sin, positions, count, lengths, bad)
+    return x, Entry(cos_sin, positions, count, lengths, bad, params.partitioning)
 
 
 def leave(x: Float[Array, "B T D"], entry: Entry) -> Float[Array, "B T D"]:
@@ -211,7 +215,9 @@ def unembed(
     with jax.named_scope("output"):
         output: Linear = params.token_embd if params.output is None else params.output
         x = rms_norm(hidden, params.output_norm.weight, config.norm_eps)
-        return matmul(x, output.weight, activations=activations).astype(jnp.float32)
+        logits = matmul(x, output.weight, activations=activations).astype(jnp.float32)
+        # Each device gets all of them, so that choosing a token is the same on a mesh.
+        return logits if params.partitioning is None else params.partitioning.whole(logits)
 
 
 def run_block(
@@ -242,21 +248,52 @@ def run_block(
         v = linear(y, block.attn_v, activations).reshape(B, T, K, H)
         with jax.named_scope("rope"):
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        start = positions[:, 0]
-        k_cache = kv.write(k_cache, k.transpose(0, 2, 3, 1), start, count, axis=3)
-        v_cache = kv.write(v_cache, v.transpose(0, 2, 1, 3), start, count, axis=2)
-        y = attention(q, k_cache, v_cache, positions).reshape(B, T, N * H)
+        y, k_cache, v_cache = _store_and_attend(
+            q, k, v, k_cache, v_cache, positions, count, partitioning=entry.partitioning
+        )
+        y = y.reshape(B, T, N * H)
         x = probe("mid", x + probe("attn_out", linear(y, block.attn_output, activations)))
     with jax.named_scope("mlp"):
         y = probe("ffn_norm", rms_norm(x, block.ffn_norm.weight, config.norm_eps))
         routing = None
         if isinstance(block, MoEBlock):
             counted = jnp.arange(T, dtype=jnp.int32)[None] < count[:, None]
-            y, routing = moe_swiglu(y, counted, block, config.num_experts_per_token, activations)
+            active, partitioning = config.num_experts_per_token, entry.partitioning
+            y, routing = moe_swiglu(
+                y, counted, block, active, activations, partitioning=partitioning
+            )
         else:
             y = swiglu(y, block, activations)
         x = probe("out", x + probe("ffn_out", y))
     return x, k_cache, v_cache, routing
+
+
+def _store_and_attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    k_cache: Float[Array, "B K H S"],
+    v_cache: Float[Array, "B K S H"],
+    positions: Int32[Array, "B T"],
+    count: Int32[Array, " B"],
+    *,
+    partitioning: Partitioning | None = None,
+) -> tuple[Float[Array, "B T N H"], Array, Array]:
+    """Write k and v to the cache and attend to it: what q finds, and both buffers.
+
+    On a mesh each device does so for its own rows and heads.
+    """
+    if partitioning is not None:
+        B, _, N, _ = q.shape
+        rows, heads = partitioning.cache_axes(B, N, k.shape[2])
+        by_head, buffer, by_row = spec(rows, (), heads), spec(rows, heads), spec(rows)
+        in_specs = (by_head, by_head, by_head, buffer, buffer, by_row, by_row)
+        arguments = (q, k, v, k_cache, v_cache, positions, count)
+        return partitioning.call(_store_and_attend, in_specs, (by_head, buffer, buffer), *arguments)
+    start = positions[:, 0]
+    k_cache = kv.write(k_cache, k.transpose(0, 2, 3, 1), start, count, axis=3)
+    v_cache = kv.write(v_cache, v.transpose(0, 2, 1, 3), start, count, axis=2)
+    return attention(q, k_cache, v_cache, positions), k_cache, v_cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "activations"))

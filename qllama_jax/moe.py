@@ -19,8 +19,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from qllama_jax.matmul import Activations, matmul, matmul_expert
+from qllama_jax.matmul.sharded import parts, weight_axes
 from qllama_jax.params import MoEBlock
 from qllama_jax.quants import Leaf
+from qllama_jax.sharding import MeshAxes, Partitioning, spec
 
 # Tokens of an expert that are multiplied at a time, at the most. More of them dequantize an expert
 # less often, but the last tile of each expert is half empty on average.
@@ -60,6 +62,7 @@ def moe_swiglu(
     activations: Activations,
     *,
     tile_size: int | None = None,
+    partitioning: Partitioning | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """Compute the sum over each token's experts e of weight_e down_e(silu(gate_e(x)) * up_e(x)).
 
@@ -71,14 +74,53 @@ def moe_swiglu(
         activations: as in `matmul`.
         tile_size: tokens that an expert multiplies at a time; None: picked from the shapes. It
             changes the result by float rounding at the most.
+        partitioning: how the block lies on a mesh, where each device computes what its own experts,
+            or its own part of every expert, add to the output of its own rows.
+    """
+    if partitioning is None:
+        return _sum_over_experts(x, counted, block, active, activations, tile_size)
+    over_experts, over_ffn, _ = weight_axes(block.ffn_gate_exps.weight)
+    together = (*over_experts, *over_ffn)
+    rows = partitioning.dividing("batch", x.shape[0])
+    by_row = spec(() if set(rows) & set(together) else rows)
+    own_block, block_specs = parts(block)
+
+    def on_a_device(x: Array, counted: Array, block: MoEBlock) -> tuple[Array, Routing]:
+        part = lax.axis_index(over_experts) if over_experts else np.int32(0)
+        return _sum_over_experts(
+            x, counted, block, active, activations, tile_size, part=part, together=together
+        )
+
+    in_specs = by_row, by_row, block_specs
+    return partitioning.call(on_a_device, in_specs, by_row, x, counted, own_block)
+
+
+def _sum_over_experts(
+    x: Float[Array, "B T D"],
+    counted: Bool[Array, "B T"],
+    block: MoEBlock,
+    active: int,
+    activations: Activations,
+    tile_size: int | None,
+    *,
+    part: Int32[Array, ""] | np.int32 = np.int32(0),  # noqa: B008
+    together: MeshAxes = (),
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """Compute `moe_swiglu` where `block` holds the `part`-th so many of the experts, or all.
+
+    What the devices along the mesh axes `together` find is added up.
     """
     B, T, D = x.shape
-    E = block.ffn_gate_inp.weight.shape[0]
+    E = block.ffn_gate_exps.weight.shape[0]
     routing = route(x, block.ffn_gate_inp.weight, active)
     tokens = x.reshape(B * T, D)
     weights = routing.weights.reshape(-1)
-    size = _tile_size(B * T * active, E) if tile_size is None else tile_size
-    groups = _group(routing.experts, counted, E, size)
+    pairs = B * T * active
+    all_experts, _ = block.ffn_gate_inp.weight.shape
+    size = _tile_size(pairs, all_experts) if tile_size is None else tile_size
+    own = routing.experts - part * np.int32(E)
+    here = counted[..., None] & (own >= 0) & (own < E)
+    groups = _group(jnp.where(here, own, np.int32(E)).reshape(-1), E, size)
 
     def add_tile(out: Array, i: Array) -> tuple[Array, None]:
         tile = _tile(groups, i, size)
@@ -93,10 +135,11 @@ def moe_swiglu(
         return lax.cond(tile.filled[0], compute, lambda out: out, out), None
 
     # Each expert's last tile may be partly empty; with one token a tile none is.
-    pairs = B * T * active
     most_tiles = min(pairs, pairs // size + E)
     out = jnp.zeros((B * T, D), jnp.float32)
     out, _ = lax.scan(add_tile, out, jnp.arange(most_tiles, dtype=jnp.int32))
+    if together:
+        out = lax.psum(out, together)
     return out.reshape(B, T, D).astype(x.dtype), routing
 
 
@@ -116,10 +159,8 @@ class _Groups(NamedTuple):
     tile_ends: Array  # int32[E]: where each expert's tiles end
 
 
-def _group(
-    experts: Int32[Array, "B T A"], counted: Bool[Array, "B T"], E: int, size: int
-) -> _Groups:
-    chosen = jnp.where(counted[..., None], experts, np.int32(E)).reshape(-1)
+def _group(chosen: Int32[Array, " P"], E: int, size: int) -> _Groups:
+    """Group pairs by the expert that they chose, E where it is none."""
     counts = jnp.zeros((E,), jnp.int32).at[chosen].add(np.int32(1), mode="drop")
     order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
     tiles = -(-counts // np.int32(size))

@@ -11,6 +11,7 @@ from flax import struct
 
 from qllama_jax.quants import Leaf
 from qllama_jax.rope import RopeFrequencies
+from qllama_jax.sharding import Partitioning
 
 
 @struct.dataclass
@@ -57,10 +58,14 @@ class MoEBlock:
 
 @struct.dataclass
 class Params:
-    """All weights. `output` is None where the file ties it to `token_embd`, which is kept once."""
+    """All weights. `output` is None where the file ties it to `token_embd`, which is kept once.
+
+    `partitioning`, static, says how they lie on a mesh; None on one device.
+    """
 
     token_embd: Linear
     blk: tuple[DenseBlock | MoEBlock, ...]
     output_norm: Linear
     output: Linear | None
     rope: RopeFrequencies
+    partitioning: Partitioning | None = struct.field(pytree_node=False, default=None)

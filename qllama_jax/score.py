@@ -73,7 +73,7 @@ def token_logprobs(
     if not 0 <= first <= T - 2:
         raise ValueError(f"first={first}: expected 0..{T - 2} for rows of {T} tokens")
     lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
-    cache = init_cache(config, B, T)
+    cache = init_cache(config, B, T, mesh=params.partitioning)
     hidden, _, _ = hidden_states(
         params, tokens, cache, config=config, lengths=lengths, activations=activations
     )
@@ -146,10 +146,10 @@ def _check_fits(what: str, model: Model, tokens: int, room: Callable[[int], int]
         positions = room(tokens)
         logits = 3 * 4 * min(positions * config.vocab_size, LOGITS)
         workspace = workspace_bytes(config, 1, positions) + logits
-        cache = cache_bytes(config, 1, positions)
+        cache = cache_bytes(config, 1, positions, partitioning=model.params.partitioning)
         return Needs(cache=cache, workspace=workspace, loaded=model.nbytes)
 
-    check_fits(what, needs, tokens)
+    check_fits(what, needs, tokens, partitioning=model.params.partitioning)
 
 
 def _score(model: Model, index: int, row: np.ndarray, activations: Activations) -> Score:

@@ -115,6 +115,7 @@ class Session:
             f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
             lambda context: _needs(model, len(prompts), context),
             longest + max_new_tokens,
+            partitioning=model.params.partitioning,
         )
         self.model = model
         self.prompts = prompts
@@ -190,7 +191,8 @@ class Session:
         lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
         longest = int(lengths.max())
         width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
-        cache = init_cache(self.model.config, len(self.prompts), width)
+        mesh = self.model.params.partitioning
+        cache = init_cache(self.model.config, len(self.prompts), width, mesh=mesh)
         total, logits = int(lengths.sum()), None
         progress = self._progress if longest > width else None
         if progress is not None:
@@ -269,7 +271,7 @@ def _needs(model: Model, batch_size: int, context: int) -> Needs:
     config = model.config
     positions = context - 1  # the last token is not stored
     room = power_of_two(positions, SMALLEST_CACHE)
-    cache = cache_bytes(config, batch_size, room)
+    cache = cache_bytes(config, batch_size, room, partitioning=model.params.partitioning)
     chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
     growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
     workspace = max(workspace_bytes(config, batch_size, chunk), growing)

@@ -94,17 +94,18 @@ class GGUFTensor:
         block, block_bytes = BLOCK_SIZES[self.qtype]
         raw = aligned_bytes(self.nbytes)
         with self.source.open() as file:
-            file.seek(self.offset)
-            rest = memoryview(raw)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    end = self.offset + self.nbytes
-                    raise self.error(
-                        f"the file shrank: it ends {len(rest)} bytes before byte {end}"
-                    )
-                rest = rest[count:]
+            self.fill(memoryview(raw), file, self.offset)
         return raw.reshape(*self.shape[:0:-1], self.shape[0] // block * block_bytes)
+
+    def fill(self, memory: memoryview, file: FileIO, offset: int) -> None:
+        """Read bytes of the tensor, from `offset` of its opened file on, until `memory` is full."""
+        end = offset + len(memory)
+        file.seek(offset)
+        while memory:
+            count = file.readinto(memory)
+            if not count:
+                raise self.error(f"the file shrank: it ends {len(memory)} bytes before byte {end}")
+            memory = memory[count:]
 
 
 @dataclass(frozen=True, eq=False)

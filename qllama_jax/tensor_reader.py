@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import jax
@@ -83,6 +84,16 @@ class TensorReader:
 
     def _take(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], np.ndarray]:
         """Take a tensor out of the file: its format and its bytes."""
+        block, tensor = self._claim(name, shape)
+        raw = tensor.data
+        raw = raw.reshape(*shape[:-1], raw.shape[-1])  # a stack of one may lack its axis
+        if self._check_tensors:
+            self._check_finite(tensor, block.view(raw))
+        self._done(tensor)
+        return block, raw
+
+    def _claim(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], GGUFTensor]:
+        """Take a tensor of this shape out of those that are left, unread: its format and itself."""
         tensor = self._left.pop(name, None)
         if tensor is None:
             raise GGUFError(f"{self.file.path}: tensor {quoted(name)} is missing")
@@ -91,14 +102,16 @@ class TensorReader:
         if tensor.shape[::-1] != shape and not one:
             found, wanted = list(tensor.shape), list(shape[::-1])
             raise tensor.error(f"shape {found}, wanted {wanted}")
-        block, raw = self._format_of(tensor), tensor.data
-        raw = raw[None] if one else raw
-        if self._check_tensors:
-            self._check_finite(tensor, block.view(raw))
+        return self._format_of(tensor), tensor
+
+    def _done(self, tensor: GGUFTensor) -> None:
         self._bytes_done += tensor.nbytes
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
-        return block, raw
+
+    def place(self, tree: Any) -> Any:
+        """Put every array of a tree where the weights are."""
+        return place(tree)
 
     def check_nothing_left(self) -> None:
         """Refuse a file with tensors that nobody took: it is not what it says it is."""
@@ -117,10 +130,12 @@ class TensorReader:
             raise tensor.error(f"type {tensor.qtype.name} is not supported; supported are {known}")
         return FORMATS[tensor.qtype]
 
-    def _check_finite(self, tensor: GGUFTensor, packed: Any) -> None:
+    def _check_finite(self, tensor: GGUFTensor, packed: Any, begin: tuple[int, ...] = ()) -> None:
+        """Refuse what is not finite among blocks of a tensor that begin there in it."""
         for field, bad in packed.not_finite().items():
             if bad.any():
                 first = list(map(int, np.argwhere(bad)[0]))
+                first = [at + start for at, start in zip_longest(first, begin, fillvalue=0)]
                 raise tensor.error(
                     f"{int(bad.sum())} of its {bad.size} {tensor.qtype.name} field {field!r} are"
                     f" NaN or infinite, the first at index {first}; check_tensors=False loads it"

@@ -1,0 +1,179 @@
+"""Where a model lives on a mesh: logical names of axes, and the mesh axes that they are cut over.
+
+A rule says for a logical axis over which axes of the mesh it is cut: the heads and the feed-forward
+width over "model", say, which is tensor parallelism, the rows of a batch over "data". What is cut
+is computed on in `Partitioning.call`, where each device sees its own part; XLA cannot cut the
+rolled loops of a product by itself, nor a hand-written kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import register_static
+
+MeshAxes = tuple[str, ...]
+Rules = Mapping[str, str | Sequence[str] | None]
+
+# Logical axis -> axes of the mesh. A rule whose axis the mesh does not have cuts nothing.
+DEFAULT_RULES: dict[str, str | None] = {
+    "batch": "data",
+    "vocab": "model",
+    "heads": "model",
+    "kv_heads": "model",
+    "ffn": "model",
+    "experts": "expert",
+    "embed": None,
+}
+
+# Logical axes of the weights, [*lead, out, in], by the last part of their names. A router is whole
+# on every device, for each token's choice is among all experts.
+WEIGHT_AXES: dict[str, tuple[str | None, ...]] = {
+    "token_embd": ("vocab", "embed"),
+    "output": ("vocab", "embed"),
+    "attn_q": ("heads", "embed"),
+    "attn_k": ("kv_heads", "embed"),
+    "attn_v": ("kv_heads", "embed"),
+    "attn_output": ("embed", "heads"),
+    "ffn_gate": ("ffn", "embed"),
+    "ffn_up": ("ffn", "embed"),
+    "ffn_down": ("embed", "ffn"),
+    "ffn_gate_inp": (None, None),
+    "ffn_gate_exps": ("experts", "ffn", "embed"),
+    "ffn_up_exps": ("experts", "ffn", "embed"),
+    "ffn_down_exps": ("experts", "embed", "ffn"),
+}
+
+
+@register_static
+@dataclass(frozen=True)
+class Partitioning:
+    """A mesh and the rules by which a model is cut over it; static where it is part of a pytree."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, MeshAxes], ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, rules: Rules | None = None) -> Partitioning:
+        """Return the default rules with `rules` in place of those of the same names.
+
+        Raises:
+            ValueError: a rule of an unknown logical axis, or for an axis that the mesh lacks; an
+                axis of the mesh of more than one device that no rule names.
+        """
+        given = dict(rules or {})
+        if unknown := sorted(set(given) - set(DEFAULT_RULES)):
+            raise ValueError(
+                f"rules: no logical axis {unknown[0]!r}; there are {', '.join(DEFAULT_RULES)}"
+            )
+        chosen: dict[str, MeshAxes] = {}
+        for name, default in DEFAULT_RULES.items():
+            axes = given.get(name, default)
+            axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+            absent = [axis for axis in axes if axis not in mesh.axis_names]
+            if absent and name in given:
+                raise ValueError(
+                    f"rules: {name!r} goes over {absent[0]!r}; the mesh has {mesh.axis_names}"
+                )
+            chosen[name] = () if absent else axes
+        named = {axis for axes in chosen.values() for axis in axes}
+        for axis, size in mesh.shape.items():
+            if size > 1 and axis not in named:
+                raise ValueError(
+                    f"mesh axis {axis!r} of {size} devices: no rule names it, so each would hold"
+                    f" the same; the rules are {chosen}, the keyword `rules` changes them"
+                )
+        return cls(mesh, tuple(chosen.items()))
+
+    def axes(self, name: str | None) -> MeshAxes:
+        """Return the axes of the mesh over which a logical axis is cut; none for None."""
+        return () if name is None else dict(self.rules)[name]
+
+    def size(self, axes: MeshAxes) -> int:
+        """Return the number of parts that these axes of the mesh make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def dividing(self, name: str, count: int) -> MeshAxes:
+        """Return the mesh axes of a logical axis of `count`, none where they do not divide it."""
+        axes = self.axes(name)
+        return axes if count % self.size(axes) == 0 else ()
+
+    def cache_axes(self, rows: int, heads: int, kv_heads: int) -> tuple[MeshAxes, MeshAxes]:
+        """Return over what a cache's rows and its kv heads are cut.
+
+        Where the heads do not divide, the rows go over their mesh axes too, if they can.
+        """
+        batch, across = self.dividing("batch", rows), self.axes("kv_heads")
+        alike = across == self.axes("heads") and not set(across) & set(batch)
+        if alike and kv_heads % self.size(across) == 0 == heads % self.size(across):
+            return batch, across
+        both = (*batch, *(axis for axis in across if axis not in batch))
+        return (both if rows % self.size(both) == 0 else batch), ()
+
+    def sharding(self, *axes: MeshAxes) -> NamedSharding:
+        """Return the sharding of an array whose axes are cut over these axes of the mesh."""
+        return NamedSharding(self.mesh, spec(*axes))
+
+    def call(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any, *arguments: Any
+    ) -> Any:
+        """Call a function on each device's part of the arguments, laid out by `in_specs`.
+
+        Within it all axes of the mesh are manual, so it is the same under Auto and Explicit axes.
+        """
+        arguments = tuple(
+            jax.tree.map(self._laid_out, argument, _whole_specs(specs, argument))
+            for argument, specs in zip(arguments, in_specs, strict=True)
+        )
+        # Types that follow what varies over the mesh would have to be given to every loop's init.
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return mapped(*arguments)
+
+    def whole(self, tree: Any) -> Any:
+        """Return the same values with every device holding all of each array."""
+
+        def everywhere(x: jax.Array) -> jax.Array:
+            if self._explicit:
+                x = self._laid_out(x, PartitionSpec())
+            return jax.lax.with_sharding_constraint(x, self.sharding())
+
+        return jax.tree.map(everywhere, tree)
+
+    @property
+    def _explicit(self) -> set[str]:
+        """The axes over which an array's type says how it is cut: it has to be asked to move."""
+        mesh = self.mesh
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        return {name for name, kind in types if kind == AxisType.Explicit}
+
+    def _laid_out(self, x: jax.Array, wanted: PartitionSpec) -> jax.Array:
+        explicit = self._explicit
+        if not explicit:
+            return x
+        typed = [
+            tuple(axis for axis in _tuple(axes) if axis in explicit) or None for axes in wanted
+        ]
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, PartitionSpec(*typed)))
+
+
+def spec(*axes: MeshAxes) -> PartitionSpec:
+    """Return the PartitionSpec of an array whose axes are cut over these axes of the mesh."""
+    return PartitionSpec(*(over[0] if len(over) == 1 else over or None for over in axes))
+
+
+def _tuple(axes: Any) -> MeshAxes:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _whole_specs(specs: Any, tree: Any) -> Any:
+    """Return a spec for each array of a tree, of a tree of specs or of one spec for all."""
+    if isinstance(specs, PartitionSpec):
+        return jax.tree.map(lambda _: specs, tree)
+    return specs
