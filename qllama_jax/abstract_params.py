@@ -6,6 +6,7 @@ known before there is the machine, or the file.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def abstract_params(file: GGUFFile, config: ModelConfig, plan: ShardPlan) -> Par
 
     Raises GGUFError for tensors that are missing, too many, or of another shape than the config's.
     """
-    return read_params(_ShapeReader(file, False, None, plan), config, plan)
+    params = read_params(_ShapeReader(file, False, None, plan), config)
+    return dataclasses.replace(params, partitioning=plan.partitioning)
 
 
 class _ShapeReader(ShardReader):

@@ -96,6 +96,15 @@ def local_matrices(params: Params) -> Iterator[tuple[int, ...]]:
             yield tuple(n // size for n, size in zip(w.shape, sizes, strict=True))
 
 
+def weight_sizes(case: Case, program: str) -> set[int]:
+    """Numbers of values that a buffer has if it holds a weight as a whole, and as nothing else."""
+    matrices = list(local_matrices(case.params))
+    tokens = case.batch * (1 if program == "decode" else case.prompt)
+    activations = {tokens * n for dims in matrices for n in dims}
+    cached = {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(case.cache)}
+    return {math.prod(dims) for dims in matrices} - activations - cached
+
+
 def dense_layer_bytes(case: Case) -> int:
     """Bytes of the largest layer's weights in float32, a device's part of them."""
     blocks = (dataclasses.replace(case.params, blk=(block,)) for block in case.params.blk)
@@ -140,13 +149,9 @@ def check(case: Case, program: str, save: Path | None) -> dict[str, Any]:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{program}.txt").write_text(text)
     module, memory = Module(text), compiled.memory_analysis()
-    matrices = {math.prod(dims) for dims in local_matrices(case.params)}
-    cached = {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(case.cache)}
-    dense = {
-        dims: size
-        for dims, size in module.float_buffers().items()
-        if math.prod(dims) in matrices - cached
-    }
+    dense = [
+        dims for dims in module.float_buffers() if math.prod(dims) in weight_sizes(case, program)
+    ]
     return {
         "program": program,
         "compile_seconds": round(seconds, 1),
@@ -155,7 +160,7 @@ def check(case: Case, program: str, save: Path | None) -> dict[str, Any]:
         "collectives": module.collectives(),
         "estimated_cycles": module.estimated_cycles(),
         "kernels": module.kernels(),
-        "dense_weights": [list(dims) for dims in dense],
+        "dense_weights": dense,
     }
 
 
@@ -181,11 +186,8 @@ def make_case(options: argparse.Namespace) -> Case:
     grid = np.asarray(devices[: data * model]).reshape(data, model)
     mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     plan = plan_shards(file, config, Partitioning.of(mesh), options.uneven)
-    params = dataclasses.replace(
-        abstract_params(file, config, plan), partitioning=plan.partitioning
-    )
     return Case(
-        params,
+        abstract_params(file, config, plan),
         config,
         plan.partitioning,
         options.batch,
@@ -259,7 +261,9 @@ def main() -> None:
     print(f"{options.model} on {options.target}, mesh {mesh}, jax {jax.__version__}")
     print(f"weights           {megabytes(found['weights_bytes'])} a device")
     print(f"cache             {megabytes(found['cache_bytes'])} a device, {case.context} positions")
-    print(f"a layer, dense    {megabytes(found['dense_layer_bytes'])} a device, float32", flush=True)
+    print(
+        f"a layer, dense    {megabytes(found['dense_layer_bytes'])} a device, float32", flush=True
+    )
     for program in options.programs:
         report = check(case, program, options.save)
         found["programs"][program] = report

@@ -108,5 +108,7 @@ def _tensor(
 ) -> GGUFTensor:
     block, size = BLOCK_SIZES[qtype]
     if shape[0] % block:
-        raise SystemExit(f"{name}: rows of {shape[0]} values are no multiple of {qtype.name}'s {block}")
+        raise SystemExit(
+            f"{name}: rows of {shape[0]} values are no multiple of {qtype.name}'s {block}"
+        )
     return GGUFTensor(name, shape, qtype, math.prod(shape) // block * size, 0, source)

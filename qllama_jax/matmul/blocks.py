@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -23,6 +22,9 @@ FEW_ROWS = 8
 # Rows of the smallest product that XLA gives a TPU's matrix unit; a smaller one it sums up lane by
 # lane, in a time that grows with the rows.
 MATRIX_UNIT_ROWS = 8
+
+# A TPU has so many numbers side by side: the blocks of a row, where a block has fewer fields.
+LANES = 128
 
 # Values of a dequantized tile there: 16 MiB of float32, which a TPU's vector memory and an H100's
 # cache hold, and which keep them busy. A CPU's is smaller, see `xla.TILE_VALUES`.
@@ -44,11 +46,11 @@ def matmul_blocks(
         rows,
         w,
         first,
-        cpu=functools.partial(_by_tiles, count=count, tile_values=xla.TILE_VALUES),
-        tpu=functools.partial(_by_padded_tiles, count=count),
-        default=functools.partial(_row_by_row, count=count)
+        cpu=functools.partial(by_tiles, count=count, tile_values=xla.TILE_VALUES),
+        tpu=functools.partial(by_padded_tiles, count=count),
+        default=functools.partial(row_by_row, count=count)
         if few
-        else functools.partial(_by_tiles, count=count, tile_values=TILE_VALUES),
+        else functools.partial(by_tiles, count=count, tile_values=TILE_VALUES),
     )
     return y.reshape(*batch, count).astype(x.dtype)
 
@@ -73,13 +75,14 @@ def _start(first: Array | None) -> Array:
     return jnp.int32(0) if first is None else first
 
 
-def _by_tiles(
+def by_tiles(
     x: Float[Array, "B in"], w: Block, first: Array | None, count: int, tile_values: int
 ) -> Float32[Array, "B out"]:
+    """Multiply a tile of rows at a time."""
     return xla.by_tiles(x, w, _start(first), count, tile_values=tile_values)
 
 
-def _row_by_row(
+def row_by_row(
     x: Float[Array, "B in"], w: Block, first: Array | None, count: int
 ) -> Float32[Array, "B out"]:
     """Sum w x over a row of w for each row of x, which XLA fuses into one reading of the blocks.
@@ -92,24 +95,22 @@ def _row_by_row(
     return jnp.stack([jnp.sum(dense * row[None], axis=-1) for row in x.astype(jnp.float32)])
 
 
-def _by_padded_tiles(
+def by_padded_tiles(
     x: Float[Array, "B in"], w: Block, first: Array | None, count: int
 ) -> Float32[Array, "B out"]:
-    """Multiply a tile of rows at a time on the matrix unit, with rows of zeros where x has few.
-
-    The inner axis is taken by value of a block first and by block last: a TPU has the blocks of a
-    row side by side in its lanes, where their fields are shorter than these.
-    """
+    """Multiply a tile of rows at a time on the matrix unit, with rows of zeros where x has few."""
     B, _ = x.shape
     padded = jnp.pad(x, ((0, max(0, MATRIX_UNIT_ROWS - B)), (0, 0)))
-    values_first = functools.partial(_values_first, block_size=w.block_size)
+    # To take the inner axis in the order in which it lies spares a transposition of the weight.
+    order = functools.partial(_values_first, block_size=w.block_size)
+    order = order if w.block_size < LANES else _as_it_is
     y = xla.by_tiles(
-        values_first(padded),
+        order(padded),
         w,
         _start(first),
         count,
         tile_values=TILE_VALUES,
-        dequantize=lambda tile: values_first(tile.dequantize()).T,
+        dequantize=lambda tile: order(tile.dequantize()).T,
     )
     return y[:B]
 
@@ -118,3 +119,7 @@ def _values_first(rows: Float[Array, "n in"], block_size: int) -> Float[Array, "
     """Return rows of blocks as rows of the blocks' first values, then of their second ones, ..."""
     n, width = rows.shape
     return rows.reshape(n, width // block_size, block_size).swapaxes(1, 2).reshape(n, width)
+
+
+def _as_it_is(rows: Float[Array, "n in"]) -> Float[Array, "n in"]:
+    return rows
