@@ -42,6 +42,7 @@ from model_shapes import abstract_file, config_of
 from qllama_jax.abstract_params import abstract_params
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import prefill
+from qllama_jax.matmul import blocks, xla
 from qllama_jax.matmul.sharded import ShardedWeight
 from qllama_jax.params import Params
 from qllama_jax.shard_plan import plan_shards
@@ -100,15 +101,19 @@ def weight_sizes(case: Case, program: str) -> set[int]:
     """Numbers of values that a buffer has if it holds a weight as a whole, and as nothing else."""
     matrices = list(local_matrices(case.params))
     tokens = case.batch * (1 if program == "decode" else case.prompt)
-    activations = {tokens * n for dims in matrices for n in dims}
-    cached = {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(case.cache)}
-    return {math.prod(dims) for dims in matrices} - activations - cached
+    others = {tokens * n for dims in matrices for n in dims}  # activations
+    others |= {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(case.cache)}
+    for tile_values in (xla.TILE_VALUES, blocks.TILE_VALUES):
+        others |= {
+            n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices
+        }  # tiles of larger weights
+    return {math.prod(dims) for dims in matrices} - others
 
 
 def dense_layer_bytes(case: Case) -> int:
     """Bytes of the largest layer's weights in float32, a device's part of them."""
-    blocks = (dataclasses.replace(case.params, blk=(block,)) for block in case.params.blk)
-    no_table = (dataclasses.replace(p, token_embd=None, output=None) for p in blocks)
+    layers = (dataclasses.replace(case.params, blk=(block,)) for block in case.params.blk)
+    no_table = (dataclasses.replace(p, token_embd=None, output=None) for p in layers)
     return 4 * max(sum(map(math.prod, local_matrices(p))) for p in no_table)
 
 
@@ -237,10 +242,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="positions of the cache")
     parser.add_argument("--new-tokens", type=int, default=32, help="of the generation")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one line of JSON, last")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the modules there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.programs = [name for name in options.programs.split(",") if name]
+    if unknown := set(options.programs) - set(PROGRAMS):
+        parser.error(f"--programs: {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
+    return options
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What a compiled XLA module does, read from its text: loops, collectives, fusions, buffers.
 
 Instructions of a fusion are not counted, for they make no buffers. Those of a loop count as often
-as it runs, where XLA knows how often that is; else, as in a loop over tokens, once.
+as it runs, where the text says how often that is; else, as in a loop over tokens, once.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ class Module:
         """Yield what runs, with how often; of a conditional, every branch."""
         for instruction in self._computations[computation or self._entry]:
             yield instruction, 1
-            times = 1
-            if instruction.opcode == "while":
-                times = instruction.number("known_trip_count") or 1
+            times = self._trips(instruction) if instruction.opcode == "while" else 1
             inner = instruction.called("body", "condition", "branch_computations")
             inner += instruction.called("true_computation", "false_computation")
             if instruction.opcode in ("call", "async-start"):
@@ -88,6 +86,19 @@ class Module:
             for name in inner:
                 for below, count in self.executed(name):
                     yield below, times * count
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as XLA says or, where it does not, up to a constant from 0 on."""
+        if (known := loop.number("known_trip_count")) is not None:
+            return known
+        (condition,) = loop.called("condition")
+        *_, root = self._computations[condition]
+        compared = re.search(r" compare\([^,]+, %?([\w.\-]+)\), direction=LT", root.text)
+        for instruction in self._computations[condition]:
+            limit = re.search(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", instruction.text)
+            if compared and limit and compared[1] == limit[1]:
+                return int(limit[2])
+        return 1
 
     def collectives(self) -> dict[str, int]:
         """How often each kind of communication between devices runs."""

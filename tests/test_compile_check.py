@@ -20,11 +20,11 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "compile_check.py"
 LAYERS = 2
 
 #: Dimensions of `tiny_llama` with 8 kv heads, and the same as a JSON file has them.
-TINY = {"embed": 512, "ffn": 1024, "heads": 8, "kv_heads": 8, "vocab": 512, "layers": LAYERS}
+TINY = {"embed": 512, "ffn": 4096, "heads": 8, "kv_heads": 8, "vocab": 512, "layers": LAYERS}
 CONFIG = {
     "num_layers": LAYERS,
     "embed_dim": 512,
-    "ffn_dim": 1024,
+    "ffn_dim": 4096,
     "num_heads": 8,
     "num_kv_heads": 8,
     "head_dim": 64,
@@ -96,7 +96,7 @@ def test_no_program_makes_a_weight_dense_and_a_step_needs_less_than_one_dense_la
     for program in found["programs"].values():
         assert program["dense_weights"] == []
     assert 0 < found["programs"]["decode"]["temp_bytes"] < found["dense_layer_bytes"]
-    values = 512 * 512 * 4 + 3 * 512 * 1024  # a layer's
+    values = 512 * 512 * 4 + 3 * 512 * 4096  # a layer's
     devices = math.prod(map(int, found["mesh"].split("x")))
     assert found["dense_layer_bytes"] == 4 * values // devices
 
@@ -120,7 +120,7 @@ def test_a_config_without_a_file_takes_what_its_file_takes(
 ):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(CONFIG))
-    sizes = ["--prompt", "24", "--context", "96", "--programs", "decode"]
+    sizes = ["--prompt", "24", "--context", "96", "--programs", ""]
     found = report(str(config), "--format", "Q4_0", "--target", "cpu:4", *sizes)
     wanted = reports("cpu:4")
     # The output is in Q6_K here, as llama.cpp has it: 6.5625 bits a weight against 4.5.

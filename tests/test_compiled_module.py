@@ -31,6 +31,11 @@ HloModule jit_f, is_scheduled=true
   ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %ar)
 }
 
+%upto (arg.2: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3), metadata={op_name="while"}
+  ROOT %lt.1 = pred[]{:T(512)} compare(%c, %limit), direction=LT
+}
+
 %condition (arg.1: (s32[], f32[8,4])) -> pred[] {
   ROOT %lt = pred[]{:T(512)} compare(%a, %b), direction=LT, cycles=1
 }
@@ -39,7 +44,8 @@ ENTRY %main (x.1: f32[8,4]) -> f32[8,4] {
   %x.1 = f32[8,4]{1,0} parameter(0)
   %w = (s32[], f32[8,4]{1,0}) while(%t0), condition=%condition, body=%body, trips=5
   %u = (s32[], f32[8,4]{1,0}) while(%w), condition=%condition, body=%body
-  %g = f32[16,4]{1,0} all-gather-start(%u), dimensions={0}
+  %v = (s32[], f32[8,4]{1,0}) while(%u), condition=%upto, body=%body
+  %g = f32[16,4]{1,0} all-gather-start(%v), dimensions={0}
   ROOT %cc = f32[16,4]{1,0} custom-call(%g), custom_call_target="__cublas$gemm"
 }
 """
@@ -52,14 +58,14 @@ TEXT = re.sub(
 
 def test_a_loop_counts_as_often_as_it_runs_and_one_of_unknown_length_once():
     module = Module(TEXT)
-    assert module.collectives() == {"all-reduce": 6, "all-gather": 1}
-    assert module.estimated_cycles() == 6 * (100 + 7 + 1)
+    assert module.collectives() == {"all-reduce": 5 + 1 + 3, "all-gather": 1}
+    assert module.estimated_cycles() == 9 * (100 + 7) + 6 * 1
 
 
 def test_a_fusion_counts_as_one_kernel_and_what_is_in_it_makes_no_buffer():
     module = Module(TEXT)
     kernels = module.kernels()
-    assert kernels["loop fusion"] == 6
+    assert kernels["loop fusion"] == 9
     assert kernels["__cublas$gemm"] == 1
     assert "convert" not in kernels
     assert module.float_buffers() == {(8, 4): 4 * 32, (16, 4): 4 * 64}
