@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -80,7 +80,7 @@ def init_cache(
     lengths = jnp.zeros((B,), jnp.int32, device=whole)
     a_position = cache_bytes(config, B, 1, jnp.dtype(dtype).itemsize, partitioning)
     what = f"init_cache: batch_size={B}, max_length={S}"
-    _check_fits(what, lengths, a_position, S, partitioning)
+    _check_fits(what, lengths, a_position, S)
     return KVCache(
         k=tuple(jnp.zeros((B, K, H, S), dtype, device=over) for _ in layers),
         v=tuple(jnp.zeros((B, K, S, H), dtype, device=over) for _ in layers),
@@ -101,7 +101,7 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     more = max_length - cache.max_length
     if more < 0:
         raise ValueError(f"resize_cache: max_length={max_length} < {cache.max_length}")
-    a_position = sum(x.nbytes for x in (*cache.k, *cache.v)) // cache.max_length
+    a_position = sum(map(_device_nbytes, (*cache.k, *cache.v))) // cache.max_length
     _check_fits(f"resize_cache: max_length={max_length}", cache.k[0], a_position, max_length)
     poisoned = cache.lengths > cache.max_length
     return KVCache(
@@ -111,25 +111,26 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     )
 
 
-def _check_fits(
-    what: str,
-    like: Any,
-    a_position: int,
-    max_length: int,
-    partitioning: Partitioning | None = None,
-) -> None:
-    """Refuse a cache of `a_position` bytes a position on one device; `like` is an array of it.
+def _check_fits(what: str, like: Any, a_position: int, max_length: int) -> None:
+    """Refuse a cache of `a_position` bytes a position on a device; `like` is an array of it.
 
-    A trace allocates nothing, and a cache on several devices is resized in none but a trace.
+    A trace allocates nothing.
     """
-    traced = isinstance(like, Tracer) or not isinstance(like, jax.Array)
-    if not traced and (partitioning is not None or len(like.devices()) == 1):
-        needs = functools.partial(_needs, a_position)
-        check_fits(what, needs, max_length, "max_length", partitioning)
+    if _is_traced(like):
+        return
+    mesh = like.sharding.mesh if isinstance(like.sharding, NamedSharding) else None
+    check_fits(what, lambda n: Needs(cache=a_position * n), max_length, "max_length", mesh)
 
 
-def _needs(a_position: int, max_length: int) -> Needs:
-    return Needs(cache=a_position * max_length)
+def _device_nbytes(x: Any) -> int:
+    """Return the bytes that one device holds of an array, or of all of it inside a trace."""
+    if _is_traced(x):
+        return x.nbytes
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, Tracer) or not isinstance(x, jax.Array)
 
 
 def _check_positions(max_length: int) -> None:

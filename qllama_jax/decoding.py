@@ -172,6 +172,14 @@ def decode_many(
         top_logprobs=jnp.zeros((B, max_steps, top_logprobs), jnp.float32),
     )
 
+    if params.partitioning is not None:
+        # What the loop carries lies from the start where a step leaves it.
+        every = chosen, state.token, state.recent, state.finish, state.generated
+        chosen, token, recent, finish, generated = params.partitioning.whole(every)
+        state = dataclasses.replace(
+            state, token=token, recent=recent, finish=finish, generated=generated
+        )
+
     def unfinished(carry: tuple) -> Array:
         i, state, _ = carry
         return (i < steps) & (i < max_steps) & jnp.any(state.finish == int(Finish.RUNNING))

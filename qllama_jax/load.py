@@ -8,6 +8,7 @@ Field names are tensor names, so there is no table of names. The exceptions are 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,22 @@ class Model:
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh over which the weights are cut."""
+        partitioning = self.params.partitioning
+        return None if partitioning is None else partitioning.mesh
+
+    @cached_property
+    def device_nbytes(self) -> int:
+        """Bytes of the weights on one device; all of them where there is no mesh."""
+        leaves = jax.tree.leaves(self.params)
+        shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+        return sum(
+            math.prod(shape) * leaf.dtype.itemsize
+            for leaf, shape in zip(leaves, shapes, strict=True)
+        )
 
     def __repr__(self) -> str:
         """Sizes, not arrays."""
@@ -147,7 +164,8 @@ def _check_fits(
         workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), packed_twice),
     )
     what = f"{file.path}: a context of {SMALLEST_CACHE}"
-    check_fits(what, lambda _: needs, SMALLEST_CACHE, partitioning=partitioning)
+    mesh = None if partitioning is None else partitioning.mesh
+    check_fits(what, lambda _: needs, SMALLEST_CACHE, mesh=mesh)
 
 
 def read_params(tensors: TensorReader, config: ModelConfig) -> Params:
@@ -204,7 +222,8 @@ def _block(tensors: TensorReader, prefix: str, config: ModelConfig) -> DenseBloc
 
 def _linear(tensors: TensorReader, name: str, out: int, width: int) -> Linear:
     weight = tensors.matrix(f"{name}.weight", (out, width))
-    return Linear(weight=weight, bias=tensors.place(tensors.optional_vector(f"{name}.bias", out)))
+    bias = tensors.optional_vector(f"{name}.bias", out)
+    return Linear(weight=weight, bias=tensors.place_bias(name, bias))
 
 
 def _query_key_value(tensors: TensorReader, prefix: str, config: ModelConfig) -> list[Linear]:
@@ -224,7 +243,8 @@ def _query_key_value(tensors: TensorReader, prefix: str, config: ModelConfig) ->
             tensors.optional_vector(f"{name}.bias", out)
             for name, out in zip(names, rows, strict=True)
         ]
-    return [Linear(w, tensors.place(b)) for w, b in zip(weights, biases, strict=True)]
+    biases = [tensors.place_bias(name, b) for name, b in zip(names, biases, strict=True)]
+    return [Linear(w, b) for w, b in zip(weights, biases, strict=True)]
 
 
 def _experts(tensors: TensorReader, name: str, shape: tuple[int, int, int]) -> Linear:

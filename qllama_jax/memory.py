@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import OutOfMemoryError
@@ -36,7 +37,7 @@ def check_fits(
     needs: Callable[[int], Needs],
     context: int,
     noun: str = "context",
-    partitioning: Partitioning | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Refuse a context, `needs(context)`, for which the default device has no room.
 
@@ -46,7 +47,7 @@ def check_fits(
     Raises:
         OutOfMemoryError: `what`, what it needs, what is free and the longest context that fits.
     """
-    wanted, free = needs(context), _free_bytes(partitioning)
+    wanted, free = needs(context), _free_bytes(mesh)
     if free is None or wanted.total <= free:
         return
     longest = bisect.bisect_right(range(1, context), free, key=lambda n: needs(n).total)
@@ -69,10 +70,10 @@ def check_fits(
     )
 
 
-def _free_bytes(partitioning: Partitioning | None) -> int | None:
-    if partitioning is None:
+def _free_bytes(mesh: Mesh | None) -> int | None:
+    if mesh is None:
         return free_bytes(default_device())
-    devices = partitioning.mesh.local_devices
+    devices = mesh.local_devices
     free = free_bytes(devices[0])
     # Several devices that are CPUs share one memory.
     return free // len(devices) if free and devices[0].platform == "cpu" else free

@@ -18,8 +18,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from qllama_jax import cache as kv
-from qllama_jax.attention import attention
+from qllama_jax.attention import store_and_attend
 from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import linear, rms_norm, swiglu
@@ -27,7 +26,7 @@ from qllama_jax.matmul import Activations, check_activations, matmul
 from qllama_jax.moe import Routing, moe_swiglu
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
 from qllama_jax.rope import rope_cos_sin, rotate
-from qllama_jax.sharding import Partitioning, spec
+from qllama_jax.sharding import Partitioning
 
 Tap = Callable[[str, Array], Array]
 
@@ -259,7 +258,7 @@ def run_block(
         v = linear(y, block.attn_v, activations).reshape(B, T, K, H)
         with jax.named_scope("rope"):
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        y, k_cache, v_cache = _store_and_attend(
+        y, k_cache, v_cache = store_and_attend(
             q, k, v, k_cache, v_cache, positions, count, partitioning=entry.partitioning
         )
         y = y.reshape(B, T, N * H)
@@ -277,34 +276,6 @@ def run_block(
             y = swiglu(y, block, activations)
         x = probe("out", x + probe("ffn_out", y))
     return x, k_cache, v_cache, routing
-
-
-def _store_and_attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    k_cache: Float[Array, "B K H S"],
-    v_cache: Float[Array, "B K S H"],
-    positions: Int32[Array, "B T"],
-    count: Int32[Array, " B"],
-    *,
-    partitioning: Partitioning | None = None,
-) -> tuple[Float[Array, "B T N H"], Array, Array]:
-    """Write k and v to the cache and attend to it: what q finds, and both buffers.
-
-    On a mesh each device does so for its own rows and heads.
-    """
-    if partitioning is not None:
-        B, _, N, _ = q.shape
-        rows, heads = partitioning.cache_axes(B, N, k.shape[2])
-        by_head, buffer, by_row = spec(rows, (), heads), spec(rows, heads), spec(rows)
-        in_specs = (by_head, by_head, by_head, buffer, buffer, by_row, by_row)
-        arguments = (q, k, v, k_cache, v_cache, positions, count)
-        return partitioning.call(_store_and_attend, in_specs, (by_head, buffer, buffer), *arguments)
-    start = positions[:, 0]
-    k_cache = kv.write(k_cache, k.transpose(0, 2, 3, 1), start, count, axis=3)
-    v_cache = kv.write(v_cache, v.transpose(0, 2, 1, 3), start, count, axis=2)
-    return attention(q, k_cache, v_cache, positions), k_cache, v_cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "activations"))

@@ -147,9 +147,9 @@ def _check_fits(what: str, model: Model, tokens: int, room: Callable[[int], int]
         logits = 3 * 4 * min(positions * config.vocab_size, LOGITS)
         workspace = workspace_bytes(config, 1, positions) + logits
         cache = cache_bytes(config, 1, positions, partitioning=model.params.partitioning)
-        return Needs(cache=cache, workspace=workspace, loaded=model.nbytes)
+        return Needs(cache=cache, workspace=workspace, loaded=model.device_nbytes)
 
-    check_fits(what, needs, tokens, partitioning=model.params.partitioning)
+    check_fits(what, needs, tokens, mesh=model.mesh)
 
 
 def _score(model: Model, index: int, row: np.ndarray, activations: Activations) -> Score:
@@ -157,8 +157,8 @@ def _score(model: Model, index: int, row: np.ndarray, activations: Activations) 
     padded[0, : row.size] = row
     logprobs = token_logprobs(
         model.params,
-        jnp.asarray(padded),
-        jnp.asarray([row.size], jnp.int32),
+        padded,
+        np.asarray([row.size], np.int32),
         config=model.config,
         activations=activations,
     )
@@ -232,7 +232,7 @@ def _perplexity(model: Model, chunks: np.ndarray, activations: Activations) -> I
     for i, chunk in enumerate(chunks):
         logprobs = token_logprobs(
             model.params,
-            jnp.asarray(chunk[None]),
+            chunk[None],
             config=model.config,
             first=context // 2,
             activations=activations,

@@ -37,6 +37,7 @@ SMALLEST_PROMPT = 8  # the smallest padded prompt
 PREFILL_CHUNK = 512  # the largest; a longer prompt goes in several
 MAX_STEPS = 64  # steps of one dispatch at the most
 DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
+STEPS_ON_HOSTS = 8  # steps of a dispatch on several hosts
 MOST_TOP_LOGPROBS = 1000  # tokens whose log-probabilities one may ask for
 
 # Caches and states belong to one session alone, so they are donated and updated in place.
@@ -120,7 +121,7 @@ class Session:
             f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
             lambda context: _needs(model, len(prompts), context, self.dtype.itemsize),
             longest + max_new_tokens,
-            partitioning=model.params.partitioning,
+            mesh=model.mesh,
         )
         self.model = model
         self.prompts = prompts
@@ -132,6 +133,8 @@ class Session:
         self.stats = Stats(prompt_tokens=sum(map(len, prompts)))
         self._progress = progress
         self._stopped: set[int] = set()
+        partitioning = model.params.partitioning
+        self._on_hosts = partitioning is not None and partitioning.spans_processes
 
     def stop(self, row: int) -> None:
         """Generate no more tokens of a row."""
@@ -169,9 +172,8 @@ class Session:
             began = time.perf_counter()
             state = self._with_room(state, filled)
             if self._stopped:
-                state = dataclasses.replace(
-                    state, finish=jnp.where(running, finish, int(Finish.STOP))
-                )
+                stopped = np.where(running, finish, np.int32(Finish.STOP))
+                state = dataclasses.replace(state, finish=stopped)
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
             arguments = self.model.params, state, self.sampling, self.stop_tokens, np.int32(limit)
@@ -189,6 +191,9 @@ class Session:
             seconds = time.perf_counter() - began
             self.stats.decode_seconds += seconds
             self.stats.decode_steps += count
+            if self._on_hosts:  # which have to take the same steps, whatever their clocks say
+                steps = STEPS_ON_HOSTS
+                continue
             # Steer slowly upwards: the first dispatch of a shape is all compilation.
             steps = int(np.clip(DISPATCH_SECONDS * count / seconds, 1, min(4 * count, MAX_STEPS)))
 
@@ -282,4 +287,4 @@ def _needs(model: Model, batch_size: int, context: int, itemsize: int) -> Needs:
     chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
     growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
     workspace = max(workspace_bytes(config, batch_size, chunk), growing)
-    return Needs(cache=cache, workspace=workspace, loaded=model.nbytes)
+    return Needs(cache=cache, workspace=workspace, loaded=model.device_nbytes)

@@ -78,8 +78,10 @@ def plan_shards(
     device_bytes = sum(
         weight.nbytes // math.prod(map(partitioning.size, cuts[weight.name])) for weight in weights
     )
-    vectors = sum(4 * t.shape[0] for t in file.tensors.values() if len(t.shape) == 1)
-    return ShardPlan(partitioning, cuts, device_bytes + vectors)
+    for name, count in _vectors(file, config):
+        over_out = cuts.get(name.replace(".bias", ".weight"), ((),))[-2:][0]
+        device_bytes += 4 * count // (partitioning.size(over_out) if name.endswith("bias") else 1)
+    return ShardPlan(partitioning, cuts, device_bytes)
 
 
 def _weights(file: GGUFFile, config: ModelConfig) -> Iterator[_Weight]:
@@ -90,10 +92,8 @@ def _weights(file: GGUFFile, config: ModelConfig) -> Iterator[_Weight]:
             continue
         prefix, stem, expert = match[1] or "", match[2], match[3]
         if stem == "attn_qkv":
-            H = config.head_dim
-            rows = (config.num_heads * H, config.num_kv_heads * H, config.num_kv_heads * H)
-            for part, out in zip(("attn_q", "attn_k", "attn_v"), rows, strict=True):
-                nbytes = tensor.nbytes * out // max(sum(rows), 1)
+            for part, out in _fused(config):
+                nbytes = tensor.nbytes * out // max(tensor.shape[1], 1)
                 yield _weight(f"{prefix}{part}.weight", tensor, (out,), nbytes)
         elif expert is not None:
             if expert == "0" and f"{stem}_exps" in WEIGHT_AXES:
@@ -102,6 +102,23 @@ def _weights(file: GGUFFile, config: ModelConfig) -> Iterator[_Weight]:
             out = tensor.shape[:0:-1]
             lead = (1,) * (len(WEIGHT_AXES[stem]) - 1 - len(out))  # of a stack of one
             yield _weight(name, tensor, (*lead, *out), tensor.nbytes)
+
+
+def _vectors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Yield the names and lengths of norms and biases, float32 whatever they are in the file."""
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 1 and name.endswith("attn_qkv.bias"):
+            for part, count in _fused(config):
+                yield name.replace("attn_qkv", part), count
+        elif len(tensor.shape) == 1:
+            yield name, tensor.shape[0]
+
+
+def _fused(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Yield the projections that one tensor may hold, and the rows of each."""
+    heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+    for part, count in zip(("attn_q", "attn_k", "attn_v"), heads, strict=True):
+        yield part, count * config.head_dim
 
 
 def _weight(name: str, tensor: GGUFTensor, out: tuple[int, ...], nbytes: int) -> _Weight:

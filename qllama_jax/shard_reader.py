@@ -28,7 +28,8 @@ Index = tuple[slice, ...]
 class ShardReader(TensorReader):
     """A `TensorReader` whose weights are cut as a plan says, in the blocks of the file.
 
-    Norms, biases and frequencies are read by every process and are whole on every device.
+    Norms, biases and frequencies are read whole by every process; norms and frequencies are whole
+    on every device too.
     """
 
     def __init__(
@@ -99,8 +100,12 @@ class ShardReader(TensorReader):
 
     def place(self, tree: Any) -> Any:
         """Put every array of a tree, which every process has, on every device of the mesh."""
-        sharding = self._plan.partitioning.sharding()
-        return jax.tree.map(lambda x: _from_parts(np.asarray(x), sharding), tree)
+        return self._plan.partitioning.everywhere(tree)
+
+    def place_bias(self, name: str, bias: np.ndarray | None) -> Leaf:
+        """Cut the bias of a linear layer, if it has one, as the layer's outputs are."""
+        over_out, _ = self._plan.cuts[f"{name}.weight"]
+        return self._plan.partitioning.everywhere(bias, over_out)
 
     def _sharded(
         self,
@@ -170,7 +175,3 @@ def read_part(
             tensor.fill(memory[done : done + run], file, tensor.offset + offset)
             done += run
     return raw.reshape(lengths)
-
-
-def _from_parts(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import register_static
 
@@ -135,6 +136,20 @@ class Partitioning:
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         return mapped(*arguments)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether some of the devices are another process's, which has to run the same."""
+        return len(self.mesh.local_devices) < self.mesh.size
+
+    def everywhere(self, tree: Any, *axes: MeshAxes) -> Any:
+        """Put what every process has, numpy arrays, on all devices: whole, or cut over `axes`."""
+
+        def put(x: Any) -> jax.Array:
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, self.sharding(*axes), lambda i: host[i])
+
+        return jax.tree.map(put, tree)
 
     def whole(self, tree: Any) -> Any:
         """Return the same values with every device holding all of each array."""

@@ -113,6 +113,10 @@ class TensorReader:
         """Put every array of a tree where the weights are."""
         return place(tree)
 
+    def place_bias(self, name: str, bias: np.ndarray | None) -> Leaf:
+        """Put the bias of a linear layer, if it has one, where the layer's outputs are."""
+        return self.place(bias)
+
     def check_nothing_left(self) -> None:
         """Refuse a file with tensors that nobody took: it is not what it says it is."""
         if self._left:

@@ -10,6 +10,10 @@ from typing import Any
 
 # Before jax is imported; an environment that names a platform tests that one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The devices of a mesh share the cores: where these are busy one may wait long for another's turn.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+)
 
 import jax
 import pytest

@@ -62,9 +62,6 @@ class ShardedWeight:
         """Return `dequantize()[rows]`; a device looks up those that it has."""
         over_out, over_in = self.axes[-2:]
         batch = self._batch(rows.shape)
-        if set(batch) & {*over_out, *over_in}:
-            batch = ()
-        rest = [()] * (rows.ndim - 1)
 
         def look_up(w: Leaf, rows: Array) -> Array:
             own = rows - lax.axis_index(over_out) * w.shape[0] if over_out else rows
@@ -73,9 +70,7 @@ class ShardedWeight:
             found = w[found] if isinstance(w, jax.Array) else w.dequantize_rows(found)
             return lax.psum(jnp.where(held[..., None], found, 0), over_out) if over_out else found
 
-        if not rows.ndim:
-            return self._call(look_up, (spec(),), spec(over_in), rows)
-        return self._call(look_up, (spec(batch),), spec(batch, *rest, over_in), rows)
+        return self._call(look_up, (spec(*batch),), spec(*batch, over_in), rows)
 
     def multiply(
         self, x: Float[Array, "*batch in"], activations: Activations, expert: Array | None = None
@@ -88,9 +83,6 @@ class ShardedWeight:
         *lead, over_out, over_in = self.axes[-self.ndim :]
         over_experts = lead[0] if lead else ()
         batch = self._batch(x.shape[:-1])
-        if set(batch) & {*over_experts, *over_out, *over_in}:
-            batch = ()
-        inner = [batch] + [()] * (x.ndim - 2) if x.ndim > 1 else []
 
         def product(w: Leaf, x: Array, *expert: Array) -> Array:
             if not expert:
@@ -105,12 +97,15 @@ class ShardedWeight:
             together = (*over_experts, *over_in)
             return lax.psum(y, together) if together else y
 
-        in_specs = (spec(*inner, over_in),) + (() if expert is None else (spec(),))
         arguments = (x,) if expert is None else (x, expert)
-        return self._call(product, in_specs, spec(*inner, over_out), *arguments)
+        in_specs = spec(*batch, over_in), spec()
+        return self._call(product, in_specs[: len(arguments)], spec(*batch, over_out), *arguments)
 
-    def _batch(self, shape: tuple[int, ...]) -> MeshAxes:
-        return self.partitioning.dividing("batch", shape[0]) if shape else ()
+    def _batch(self, shape: tuple[int, ...]) -> list[MeshAxes]:
+        """Return over what the axes of a batch are cut: the first as rows are, if it can be."""
+        over = self.partitioning.dividing("batch", shape[0]) if shape else ()
+        own = {axis for axes in self.axes for axis in axes}
+        return [over if i == 0 and not own & set(over) else () for i in range(len(shape))]
 
     def _call(self, function: Any, in_specs: Any, out_specs: Any, *arguments: Any) -> Any:
         own = jax.tree.map(lambda _: self.spec, self.weight)
