@@ -254,6 +254,15 @@ def test_a_dtype_that_is_none_of_the_two_is_refused(small: Small):
         )
 
 
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", 2), ("cuda", 0), ("tpu", 0)])
+def test_a_layer_is_kept_a_call_on_a_cpu_alone(small: Small, platform: str, calls: int):
+    # XLA's GPU compiler fuses nothing in what it may not inline.
+    arguments = small.params, jnp.asarray(small.tokens), small.cache()
+    traced = jax.jit(functools.partial(ql.forward, config=small.config)).trace(*arguments)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('inlineable = "false"') == calls
+
+
 # Hidden states, sites, captures and taps
 
 
