@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +117,17 @@ def dense_layer_bytes(case: Case) -> int:
     return 4 * max(sum(map(math.prod, local_matrices(p))) for p in no_table)
 
 
-def lowered(case: Case, program: str) -> Callable[[], Any]:
-    """Return a function that lowers one of PROGRAMS."""
-    B, config = case.batch, case.config
+def lower(case: Case, program: str) -> Any:
+    """Lower one of PROGRAMS; a decoding step is a prefill of one token."""
+    B, config, dtype = case.batch, case.config, case.dtype
     tokens = case.array((B, 1 if program == "decode" else case.prompt), jnp.int32)
     lengths = case.array((B,), jnp.int32)
     if program != "generate":
-        static = ("config", "activations", "dtype")
-        step = jax.jit(prefill, static_argnames=static, donate_argnames="cache")
-        return lambda: step.lower(
-            case.params, tokens, lengths, case.cache, config=config, dtype=case.dtype
-        )
+        step = jax.jit(prefill, static_argnames=("config", "dtype"), donate_argnames="cache")
+        return step.lower(case.params, tokens, lengths, case.cache, config=config, dtype=dtype)
     static = ("config", "max_new_tokens", "dtype")
-    whole = jax.jit(ql.generate_tokens, static_argnames=static)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return lambda: whole.lower(
+    return jax.jit(ql.generate_tokens, static_argnames=static).lower(
         case.params,
         tokens,
         lengths,
@@ -140,23 +136,22 @@ def lowered(case: Case, program: str) -> Callable[[], Any]:
         sampling=jax.tree.map(lambda x: case.array(np.shape(x), jnp.result_type(x)), ql.Sampling()),
         max_new_tokens=case.new_tokens,
         stop_tokens=case.array((1,), jnp.int32),
-        dtype=case.dtype,
+        dtype=dtype,
     )
 
 
 def check(case: Case, program: str, save: Path | None) -> dict[str, Any]:
     """Compile one program and return what is to be told of it."""
     began = time.perf_counter()
-    compiled = lowered(case, program)().compile()
+    compiled = lower(case, program).compile()
     seconds = time.perf_counter() - began
     text = compiled.as_text()
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{program}.txt").write_text(text)
     module, memory = Module(text), compiled.memory_analysis()
-    dense = [
-        dims for dims in module.float_buffers() if math.prod(dims) in weight_sizes(case, program)
-    ]
+    weights = weight_sizes(case, program)
+    dense = [dims for dims in module.float_buffers() if math.prod(dims) in weights]
     return {
         "program": program,
         "compile_seconds": round(seconds, 1),
@@ -173,8 +168,9 @@ def open_model(options: argparse.Namespace) -> tuple[Any, ModelConfig]:
     """Return the tensor table and the config of MODEL."""
     if options.model.endswith(".gguf"):
         file = ql.read_gguf(options.model)
-        config = ModelConfig.from_metadata(file.metadata)
-        return file, config
+        table = file.tensors.get("token_embd.weight")
+        rows = None if table is None else table.shape[-1]
+        return file, ModelConfig.from_metadata(file.metadata, vocab_size=rows)
     config = config_of(options.model)
     if options.layers:
         config = dataclasses.replace(config, num_layers=options.layers)
@@ -255,7 +251,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the report."""
     options = arguments()
-    case = make_case(options)
+    try:
+        case = make_case(options)
+    except ValueError as error:  # GGUFError is one
+        raise SystemExit(f"{error}") from None
     mesh = "x".join(map(str, case.partitioning.mesh.devices.shape))
     found: dict[str, Any] = {
         "model": options.model,

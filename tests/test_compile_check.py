@@ -136,6 +136,8 @@ def test_a_config_without_a_file_takes_what_its_file_takes(
         (("llama-1.1b", "--target", "v9:1"), "expected one of v5e:2x2"),
         (("llama-9000b", "--target", "cpu:1"), "none of llama-1.1b, llama-8b"),
         (("llama-1.1b", "--target", "cpu:2", "--mesh", "1x4"), "cpu:2 has 2 devices"),
+        # 22 blocks of 256 inputs over 4 devices.
+        (("llama-1.1b", "--target", "cpu:4"), "5632 inputs in 22 blocks of 256, is not divided"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_in_a_line(arguments: tuple[str, ...], message: str):

@@ -468,7 +468,7 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
         traces["decode"].append(state.cache.max_length)
         return decoding.decode_many(params, state, *arguments, **static)
 
-    static = ("config", "max_steps", "activations", "top_logprobs")
+    static = ("config", "max_steps", "activations", "top_logprobs", "dtype")
     monkeypatch.setattr(
         layerwise, "_layer", jax.jit(layer, static_argnames=("config", "activations"))
     )
