@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 
 from qllama_jax.cache import KVCache
@@ -84,13 +85,14 @@ def prefill(
     *,
     config: ModelConfig,
     activations: Activations = "auto",
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Return the logits of each row's last counted token, without [B, T, V], and the cache.
 
     Arguments as in `forward`. A row of length 0 has no last token: its logits are NaN.
     """
     hidden, cache, _ = hidden_states(
-        params, tokens, cache, config=config, lengths=lengths, activations=activations
+        params, tokens, cache, config=config, lengths=lengths, activations=activations, dtype=dtype
     )
     return last_logits(params, hidden, lengths, config=config, activations=activations), cache
 
@@ -154,6 +156,7 @@ def decode_many(
     max_steps: int,
     activations: Activations = "auto",
     top_logprobs: int = 0,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[DecodeState, Chosen, Int32[Array, ""]]:
     """Run up to `steps` (traced, at most N = max_steps) steps; stop when every row has stopped.
 
@@ -196,6 +199,7 @@ def decode_many(
             config=config,
             lengths=running.astype(jnp.int32),
             activations=activations,
+            dtype=dtype,
         )
         logits = unembed(pinned, hidden[:, 0], config=config, activations=activations)
         state, new = _choose(

@@ -31,6 +31,7 @@ def kernels(name: str, rows: int) -> list[list[tuple[str, str, str]]]:
     w = pack(name, random_blocks(QType[name], (1024, 1024), np.random.default_rng(0)))
     product = jax.jit(functools.partial(ql.matmul, activations="auto"))
     text = product.lower(jnp.ones((rows, 1024)), jax.device_put(w)).compile().as_text()
+    assert text is not None
     return [INSTRUCTION.findall(part) for part in text.split("\n\n") if "%fused" in part[:10]]
 
 

@@ -202,6 +202,27 @@ def test_a_row_of_a_batch_is_that_row_alone_with_its_key(model, generate_tokens,
     assert len({tuple(row) for row in batch.tokens.tolist()}) == len(PROMPTS)
 
 
+def test_bfloat16_streamed_equals_one_shot_equals_the_pure_function(model):
+    wanted = jax.jit(ql.generate_tokens, static_argnames=("config", "max_new_tokens", "dtype"))(
+        model.params,
+        *padded(PROMPTS[:1]),
+        jax.random.key(0),
+        config=model.config,
+        sampling=ql.Sampling(),
+        max_new_tokens=12,
+        stop_tokens=[],
+        dtype=jnp.bfloat16,
+    )
+    assert {leaf.dtype for leaf in wanted.cache.k} == {jnp.dtype(jnp.bfloat16)}
+    options = {"max_new_tokens": 12, "ignore_eos": True, "dtype": jnp.bfloat16}
+    result = ql.generate(model, PROMPTS[0], **options)
+    assert result.tokens == wanted.tokens[0].tolist()
+    assert [piece.token for piece in ql.stream(model, PROMPTS[0], **options)] == result.tokens
+    exact = ql.generate(model, PROMPTS[0], **{**options, "dtype": jnp.float32})
+    assert result.logprobs[0] != exact.logprobs[0]
+    assert abs(result.logprobs[0] - exact.logprobs[0]) < 0.1
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"repeat_penalty": 1.5}, SAMPLED], ids=["greedy", "penalized", "sampled"]
 )
@@ -443,7 +464,7 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
         traces["decode"].append(state.cache.max_length)
         return decoding.decode_many(params, state, *arguments, **static)
 
-    static = ("config", "max_steps", "activations", "top_logprobs")
+    static = ("config", "max_steps", "activations", "top_logprobs", "dtype")
     monkeypatch.setattr(
         layerwise, "_layer", jax.jit(layer, static_argnames=("config", "activations"))
     )

@@ -45,6 +45,7 @@ RUNGS = {
     "weight_bytes": 3.1,
     "shard_reader": 3.1,
     "load": 4.0,
+    "abstract_params": 4.1,
     "moe": 4.0,
     "model": 5.0,
     "decoding": 6.0,
