@@ -26,7 +26,8 @@ KEY_BLOCK = 128
 # but where half of them are filled 230 in blocks, and where 64 are, 65.
 STEP_KEY_BLOCK = 256
 
-# The score of a key that is not seen: its exponential is 0 beside any other's.
+# The score of a key that is not seen: its exponential is 0 beside any other's. Where none is
+# larger, the scores of the keys that are seen have overflowed, and the result is NaN.
 MASKED = np.float32(-1e30)
 
 
@@ -115,7 +116,8 @@ def _at_once(
     scores = _dot("BKGH,BKHS->BKGS", q, k.astype(q.dtype))
     index = lax.broadcasted_iota(jnp.int32, (1, 1, 1, v.shape[2]), 3)
     scores = jnp.where(index <= positions[:, :, None, None], scores, MASKED)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(largest > MASKED, largest, np.float32(np.nan)))
     total = weights.sum(axis=-1, keepdims=True)
     out = _dot("BKGS,BKSH->BKGH", weights.astype(q.dtype), v.astype(q.dtype))
     return (out / total).astype(q.dtype)
@@ -168,7 +170,8 @@ def _in_blocks(
         sums = add_block(sums, jnp.int32(0))
     else:
         sums, _ = lax.scan(add_seen_block, sums, jnp.arange(blocks, dtype=jnp.int32))
-    return (sums.out / sums.total[..., None]).astype(q.dtype).reshape(q.shape)
+    total = jnp.where(sums.largest > MASKED, sums.total, np.float32(np.nan))
+    return (sums.out / total[..., None]).astype(q.dtype).reshape(q.shape)
 
 
 class _Sums(NamedTuple):

@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qllama_jax.generate import generate
 from qllama_jax.load import Model
@@ -19,7 +21,12 @@ RUNS = 3
 
 
 def measure(
-    model: Model, *, prompt_tokens: int, new_tokens: int, activations: Activations
+    model: Model,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    activations: Activations,
+    dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Any]:
     """Generate greedily from random ids: a run that compiles, then RUNS more, and their medians.
 
@@ -32,7 +39,12 @@ def measure(
     def run() -> tuple[float, Stats]:
         began = time.perf_counter()
         result = generate(
-            model, prompt, max_new_tokens=new_tokens, ignore_eos=True, activations=activations
+            model,
+            prompt,
+            max_new_tokens=new_tokens,
+            ignore_eos=True,
+            activations=activations,
+            dtype=dtype,
         )
         return time.perf_counter() - began, result.stats
 
@@ -42,6 +54,7 @@ def measure(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "activations": activations,
+        "dtype": jnp.dtype(dtype).name,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "prefill_tok_s": statistics.median(stats.prefill_tok_s for _, stats in runs),

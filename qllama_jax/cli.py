@@ -86,12 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add_sampling(generate)
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of text")
     _add_computing(generate)
+    _add_dtype(generate)
 
     chat = command(_chat, "talk to a model; /clear forgets, /exit or end of input ends")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
     chat.add_argument("--chat-template", metavar="FILE", help="a Jinja template for the file's own")
     add_sampling(chat)
     _add_computing(chat)
+    _add_dtype(chat)
 
     command(_info, "say what is in a file, without loading it")
 
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add_whole(bench, "-n --max-new-tokens", 64, "tokens to generate", lo=1)
     bench.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
     _add_computing(bench)
+    _add_dtype(bench)
 
     perplexity = command(_perplexity, "measure how well a model predicts a text, as llama.cpp does")
     perplexity.add_argument("file", metavar="FILE", help="the text, in UTF-8")
@@ -121,6 +124,15 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
         "--no-compilation-cache",
         action="store_true",
         help="compile everything anew, and keep nothing compiled on disk",
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of activations and KV cache (default: float32)",
     )
 
 
@@ -173,6 +185,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             prompt_tokens=arguments.prompt_tokens,
             new_tokens=arguments.max_new_tokens,
             activations=arguments.activations,
+            dtype=arguments.dtype,
         )
     report = {"model": model.path.name, "qtype": qtype, "load_s": load_seconds} | measured
     print(table(report), file=sys.stderr if arguments.json else sys.stdout)

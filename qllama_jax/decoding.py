@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 
 from qllama_jax.cache import KVCache
@@ -83,13 +85,14 @@ def prefill(
     *,
     config: ModelConfig,
     activations: Activations = "auto",
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Return the logits of each row's last counted token, without [B, T, V], and the cache.
 
     Arguments as in `forward`. A row of length 0 has no last token: its logits are NaN.
     """
     hidden, cache, _ = hidden_states(
-        params, tokens, cache, config=config, lengths=lengths, activations=activations
+        params, tokens, cache, config=config, lengths=lengths, activations=activations, dtype=dtype
     )
     return last_logits(params, hidden, lengths, config=config, activations=activations), cache
 
@@ -125,7 +128,8 @@ def start_decoding(
     n of `Chosen`. `stop_tokens` may be a list too.
 
     Raises ValueError, or TypeError for what is no number, for concrete parameters of sampling that
-    are out of range (see `check_sampling`) or a penalty_last_n above the width of `recent`.
+    are out of range (see `check_sampling`), a penalty_last_n above the width of `recent`, or stop
+    tokens outside the vocabulary.
     """
     B, V = logits.shape
     check_sampling(sampling, B, V)
@@ -138,7 +142,7 @@ def start_decoding(
         finish=jnp.full((B,), int(Finish.RUNNING), jnp.int32),
         generated=jnp.zeros((B,), jnp.int32),
     )
-    return _choose(state, logits, sampling.per_row(B), stop_ids(stop_tokens), top_logprobs)
+    return _choose(state, logits, sampling.per_row(B), stop_ids(stop_tokens, V), top_logprobs)
 
 
 def decode_many(
@@ -152,6 +156,7 @@ def decode_many(
     max_steps: int,
     activations: Activations = "auto",
     top_logprobs: int = 0,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[DecodeState, Chosen, Int32[Array, ""]]:
     """Run up to `steps` (traced, at most N = max_steps) steps; stop when every row has stopped.
 
@@ -161,7 +166,7 @@ def decode_many(
     B, W = state.recent.shape
     check_sampling(sampling, B, config.vocab_size)
     check_window(sampling, W)
-    sampling, stop_tokens = sampling.per_row(B), stop_ids(stop_tokens)
+    sampling, stop_tokens = sampling.per_row(B), stop_ids(stop_tokens, config.vocab_size)
     chosen = Chosen(
         tokens=jnp.zeros((B, max_steps), jnp.int32),
         logprobs=jnp.zeros((B, max_steps), jnp.float32),
@@ -194,6 +199,7 @@ def decode_many(
             config=config,
             lengths=running.astype(jnp.int32),
             activations=activations,
+            dtype=dtype,
         )
         logits = unembed(pinned, hidden[:, 0], config=config, activations=activations)
         state, new = _choose(
@@ -252,22 +258,34 @@ def _with_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"], n: 
     return Chosen(tokens=token, logprobs=logprob, top_tokens=ids, top_logprobs=top - total[:, None])
 
 
-def stop_ids(stop_tokens: Any) -> Int32[Array, " K"]:
-    """Return stop tokens, a list or an array of ids, as an array; TypeError for anything else.
+def stop_ids(stop_tokens: Any, vocab_size: int) -> Int32[Array, " K"]:
+    """Return stop tokens, a list or an array of ids, as an array.
 
-    OverflowError for an id beyond int32, which would wrap to another token's.
+    Raises TypeError for anything else; ValueError for a concrete id outside the vocabulary, which
+    would end no row, or beyond int32 wrap to one that does.
     """
     wanted = "stop_tokens: expected a list of ids or int32[K]"
     if not isinstance(stop_tokens, Sequence) and not hasattr(stop_tokens, "shape"):
         raise TypeError(f"{wanted}, found {type(stop_tokens).__name__}")
-    if isinstance(stop_tokens, np.ndarray):
-        stop_tokens = stop_tokens.tolist()  # JAX wraps an array's numbers, but no list's
-    ids = jnp.asarray(stop_tokens)
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(stop_tokens))
+    try:
+        ids: Any = jnp.asarray(stop_tokens) if traced else np.asarray(stop_tokens)
+    except ValueError:
+        raise TypeError(f"{wanted}, found lists of several lengths or depths") from None
     if ids.shape == (0,):
-        return jnp.zeros((0,), jnp.int32)  # an empty list is one of floats to JAX
-    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{wanted}, found {ids.dtype} of shape {ids.shape}")
-    return ids.astype(jnp.int32)
+        return jnp.zeros((0,), jnp.int32)  # an empty list is one of floats
+    bools = isinstance(stop_tokens, Sequence) and any(
+        isinstance(token, bool | np.bool_) for token in stop_tokens
+    )
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, np.integer) or bools:
+        found = "a bool among them" if bools else f"{ids.dtype} of shape {ids.shape}"
+        raise TypeError(f"{wanted}, found {found}")
+    if not traced and (bad := np.flatnonzero((ids < 0) | (ids >= vocab_size))).size:
+        raise ValueError(
+            f"stop_tokens: token id {ids[bad[0]]} at index {bad[0]} is outside the vocabulary"
+            f" 0..{vocab_size - 1}"
+        )
+    return jnp.asarray(ids, jnp.int32)
 
 
 def row_keys(key: Shaped[Array, ...], batch_size: int) -> Key[Array, " B"]:

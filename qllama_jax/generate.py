@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qllama_jax.decoding import Finish
 from qllama_jax.load import Model
@@ -71,6 +73,7 @@ def generate(
     logit_bias: Any = 0.0,
     banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
+    dtype: DTypeLike = jnp.float32,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Any:
@@ -90,6 +93,7 @@ def generate(
             `Sampling`. -inf bans a token.
         banned_tokens: ids that are never generated, in any row; None: none.
         activations: see `matmul`.
+        dtype: of the activations (see `forward`) and of the KV cache, float32 or bfloat16.
         progress: called with (prompt tokens read, prompt tokens in all), first with 0, where a
             prompt is longer than the 512 tokens that are read at a time.
         **sampling: the other fields of `Sampling`, numbers or one a row. By default greedy.
@@ -118,6 +122,7 @@ def generate(
         seed=seed,
         top_logprobs=top_logprobs,
         activations=activations,
+        dtype=dtype,
         progress=progress,
     )
     for event in session.run():
@@ -151,6 +156,7 @@ def stream(
     logit_bias: Any = 0.0,
     banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
+    dtype: DTypeLike = jnp.float32,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
@@ -173,6 +179,7 @@ def stream(
         seed=seed,
         top_logprobs=top_logprobs,
         activations=activations,
+        dtype=dtype,
         progress=progress,
     )
     return _pieces(session, row)
@@ -254,7 +261,7 @@ def read_ids(model: Model, ids: Any, name: str) -> np.ndarray:
     wanted = f"{name}: expected a flat list of token ids"
     if not _is_list(ids):
         raise TypeError(f"{wanted}, found {_kind(ids)}")
-    if isinstance(ids, Sequence) and any(isinstance(token, bool) for token in ids):
+    if isinstance(ids, Sequence) and any(isinstance(token, bool | np.bool_) for token in ids):
         raise TypeError(f"{wanted}, found a bool among them")  # numpy would make it an integer
     try:
         ids = np.asarray(ids)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int32, Shaped
 
 from qllama_jax.cache import KVCache, init_cache
@@ -61,6 +62,7 @@ def generate_tokens(
     activations: Activations = "auto",
     penalty_window: int = PENALTY_WINDOW,
     top_logprobs: int = 0,
+    dtype: DTypeLike = jnp.float32,
 ) -> Decoded:
     """Generate up to N = max_new_tokens tokens a row: one prefill, then a while loop.
 
@@ -70,7 +72,7 @@ def generate_tokens(
         prompt_lengths: `int32[B]`, at least 1.
         key: one key, or one a row (`key[B]`; of the raw kind `uint32[B, 2]`).
         config: what the file says (static under jit, as are max_new_tokens, activations,
-            penalty_window and top_logprobs).
+            penalty_window, top_logprobs and dtype).
         sampling: how tokens are chosen.
         max_new_tokens: N, at least 1.
         stop_tokens: ids that end a row, `int32[K]` or a list; K may be 0.
@@ -81,6 +83,7 @@ def generate_tokens(
         penalty_window: how many recent tokens are kept for the penalties; penalty_last_n is at most
             that, and -1 (all of them) wants one more than there are.
         top_logprobs: n, of how many of the likeliest tokens to return the log-probabilities.
+        dtype: of the activations, as in `forward`, and of a cache that is made here.
 
     Returns:
         `Decoded`. Its cache holds the prompt and all new tokens but the last. To go on as if
@@ -90,9 +93,9 @@ def generate_tokens(
 
     Raises:
         ValueError: N, T or penalty_window is below 1, n is not in 0..V, `history` has another
-            number of rows, or a parameter of sampling is concrete and out of range, such as a
-            penalty_last_n above penalty_window (what is traced and above it ends its row in
-            `Finish.ERROR`).
+            number of rows, or a stop token or a parameter of sampling is concrete and out of range,
+            such as a penalty_last_n above penalty_window (what is traced and above it ends its row
+            in `Finish.ERROR`).
         TypeError: stop_tokens or a parameter of sampling that are no numbers.
         ContextOverflowError: T + N positions do not fit the cache, or the model's context.
     """
@@ -106,15 +109,15 @@ def generate_tokens(
             f"prompt of {T} + {max_new_tokens} new tokens: the model's context is"
             f" {config.context_length}"
         )
-    stop_tokens = stop_ids(stop_tokens)
+    stop_tokens = stop_ids(stop_tokens, config.vocab_size)
     if cache is None:
-        cache = init_cache(config, B, T + max_new_tokens, mesh=params.partitioning)
+        cache = init_cache(config, B, T + max_new_tokens, dtype, mesh=params.partitioning)
     if T + max_new_tokens > cache.max_length:
         raise ContextOverflowError(
             f"prompt of {T} + {max_new_tokens} new tokens: the cache has {cache.max_length}"
         )
     logits, cache = prefill(
-        params, prompt, prompt_lengths, cache, config=config, activations=activations
+        params, prompt, prompt_lengths, cache, config=config, activations=activations, dtype=dtype
     )
     recent = recent_tokens(prompt, prompt_lengths, history, penalty_window=penalty_window)
     state, first = start_decoding(
@@ -138,6 +141,7 @@ def generate_tokens(
             max_steps=max_new_tokens - 1,
             activations=activations,
             top_logprobs=top_logprobs,
+            dtype=dtype,
         )
         chosen = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), chosen, more)
     running = state.finish == int(Finish.RUNNING)

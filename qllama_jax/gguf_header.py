@@ -28,6 +28,7 @@ _OTHER_QTYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0
 _OTHER_QTYPES |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 42: "Q2_0"}
 _FOREIGN = {
     b"version https://git-lfs": "a git-LFS pointer: the file itself was not downloaded",
+    b"<?xml": "a page of XML: the download went wrong",
     b"lmgg": "a legacy GGML model",
     b"fmgg": "a legacy GGMF model",
     b"tjgg": "a legacy GGJT model",
@@ -101,7 +102,10 @@ def _read_preamble(cursor: Cursor) -> tuple[int, int, int]:
     least = cursor.pos + MIN_KEY_BYTES * n_keys + MIN_TENSOR_BYTES * n_tensors
     if least > cursor.size:
         counts = f"{n_keys} keys and {n_tensors} tensors"
-        cursor.fail(f"{counts} take at least {least} bytes but the file has {cursor.size}")
+        cursor.fail(
+            f"{counts} take at least {least} bytes but the file has {cursor.size} bytes;"
+            " it is truncated or corrupt"
+        )
     return version, n_tensors, n_keys
 
 

@@ -24,11 +24,18 @@ def linear(
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float32[Array, " D"], eps: float) -> Array:
-    """Compute x / sqrt(mean(x^2) + eps) * weight in float32 (Zhang & Sennrich 2019)."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight in float32 (Zhang & Sennrich 2019).
+
+    NaN where the mean overflows, that is for x from about 1e19 on.
+    """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    # Else such an x would turn into zeros, which look like any other activations.
+    inverse = jnp.where(
+        mean_square < np.inf, lax.rsqrt(mean_square + np.float32(eps)), np.float32(np.nan)
+    )
     scale = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
-    return (x32 * lax.rsqrt(mean_square + np.float32(eps)) * scale).astype(x.dtype)
+    return (x32 * inverse * scale).astype(x.dtype)
 
 
 def swiglu(

@@ -11,7 +11,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
 from qllama_jax.cache import KVCache
@@ -21,7 +23,7 @@ from qllama_jax.matmul import Activations
 from qllama_jax.model import Entry, enter, leave, run_block
 from qllama_jax.params import Params
 
-_enter = jax.jit(enter, static_argnames=("config", "max_length"))
+_enter = jax.jit(enter, static_argnames=("config", "max_length", "dtype"))
 
 
 def _run_layer(block: Any, x: Array, k: Array, v: Array, entry: Entry, **static: Any) -> Any:
@@ -49,6 +51,7 @@ def prefill(
     *,
     config: ModelConfig,
     activations: Activations,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Return the logits of each row's last counted token and the cache, as `decoding.prefill`.
 
@@ -56,8 +59,9 @@ def prefill(
     the weights as they were, and of the cache nothing to go on with.
     """
     ends = dataclasses.replace(params, blk=())
+    room = cache.max_length
     x, entry = _enter(
-        ends, tokens, cache.lengths, lengths, config=config, max_length=cache.max_length
+        ends, tokens, cache.lengths, lengths, config=config, max_length=room, dtype=dtype
     )
     keys, values = [], []
     for block, k, v in zip(params.blk, cache.k, cache.v, strict=True):

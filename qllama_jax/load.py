@@ -138,11 +138,11 @@ def load(
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)
     if mesh is None:
         _check_fits(file, config, layout)
-        params = _params(TensorReader(file, check_tensors, progress, layout), config)
+        params = read_params(TensorReader(file, check_tensors, progress, layout), config)
     else:
         plan = plan_shards(file, config, Partitioning.of(mesh, rules), uneven)
         _check_fits(file, config, layout, plan)
-        params = _params(ShardReader(file, check_tensors, progress, plan), config)
+        params = read_params(ShardReader(file, check_tensors, progress, plan), config)
         params = dataclasses.replace(params, partitioning=plan.partitioning)
     return Model(params, config, file.metadata, file.path, chat_template)
 
@@ -170,7 +170,8 @@ def _check_fits(
     check_fits(what, lambda _: needs, SMALLEST_CACHE, mesh=mesh)
 
 
-def _params(tensors: TensorReader, config: ModelConfig) -> Params:
+def read_params(tensors: TensorReader, config: ModelConfig) -> Params:
+    """Take the model's weights out of the file, all of them: what nothing takes is refused."""
     V, D = config.vocab_size, config.embed_dim
     rope = _rope(tensors, config)
     tied = "output.weight" not in tensors

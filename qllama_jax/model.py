@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from qllama_jax.attention import store_and_attend
@@ -39,7 +41,7 @@ def sites(config: ModelConfig) -> tuple[str, ...]:
     return tuple(f"blk.{i}.{site}" for i in range(config.num_layers) for site in BLOCK_SITES)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "activations"))
+@functools.partial(jax.jit, static_argnames=("config", "activations", "dtype"))
 def forward(
     params: Params,
     tokens: Int32[Array, "B T"],
@@ -48,6 +50,7 @@ def forward(
     config: ModelConfig,
     lengths: Int32[Array, " B"] | None = None,
     activations: Activations = "float",
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float32[Array, "B T V"], KVCache]:
     """Return the logits of every position and the cache with the tokens' keys and values.
 
@@ -61,14 +64,16 @@ def forward(
         config: what the file says (static).
         lengths: `int32[B]`, tokens of each row that count; None: all T.
         activations: how activations enter a product with packed weights, see `matmul` (static).
+        dtype: of the activations between the products and of what enters them, float32 or bfloat16
+            (static); a product, a norm and a softmax sum up in float32 all the same.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or a dtype that is none of the two.
 
     A token id outside 0..V-1 or a position past the cache's end makes that row's logits NaN.
     """
     hidden, cache, _ = hidden_states(
-        params, tokens, cache, config=config, lengths=lengths, activations=activations
+        params, tokens, cache, config=config, lengths=lengths, activations=activations, dtype=dtype
     )
     return unembed(params, hidden, config=config, activations=activations), cache
 
@@ -84,6 +89,7 @@ def hidden_states(
     tap: Tap | None = None,
     capture: Sequence[str] = (),
     activations: Activations = "float",
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T D"], KVCache, dict[str, Array]]:
     """Return the residual stream after the last block (before the output norm), cache and aux.
 
@@ -101,9 +107,11 @@ def hidden_states(
         tap: `tap(name, x) -> x` is called at each of `sites(config)` and may change x.
         capture: names out of `sites(config)` whose activations are returned in aux.
         activations: as in `forward`.
+        dtype: as in `forward`; `inputs_embeds` come with their own.
 
     Raises:
-        ValueError: shapes that do not fit each other, an unknown name in `capture`.
+        ValueError: shapes that do not fit each other, an unknown name in `capture`, or a dtype as
+            in `forward`.
 
     A row is poisoned, its hidden states NaN and its cache length above the cache's room, by an id
     outside the vocabulary, a position past the cache's end, or a cache row that was poisoned.
@@ -123,6 +131,7 @@ def hidden_states(
         config=config,
         max_length=cache.max_length,
         inputs_embeds=inputs_embeds,
+        dtype=dtype,
     )
     aux: dict[str, Array] = {}
     keys, values = [], []
@@ -164,11 +173,13 @@ def enter(
     config: ModelConfig,
     max_length: int,
     inputs_embeds: Float[Array, "B T D"] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T D"], Entry]:
     """Return the residual stream before the first block, and what the blocks need beside it.
 
     counts[b] tokens of row b follow start[b] positions of a cache with room for `max_length`.
     """
+    check_dtype(dtype)
     T = (tokens if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
     if params.partitioning is not None:
         tokens, start, counts = params.partitioning.whole((tokens, start, counts))
@@ -176,7 +187,7 @@ def enter(
     if inputs_embeds is None:
         assert tokens is not None
         bad |= _any_outside_vocabulary(tokens, counts, config.vocab_size)
-        x = embed(params, tokens)
+        x = embed(params, tokens).astype(dtype)
     else:
         x = inputs_embeds
     count = jnp.where(bad, 0, counts)  # nothing of a poisoned row is written
@@ -275,13 +286,21 @@ def _shared_block(*arguments: Any, config: ModelConfig, activations: Activations
 
 
 def _call_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
-    """Call `run_block` so that a module of many layers is traced and compiled quickly.
+    """Call `run_block` so that a module of many layers is traced and, on a CPU, compiled quickly.
 
     Layers of equal shapes and formats share one trace and one lowering, and what XLA may not inline
-    it optimizes a layer at a time.
+    it optimizes a layer at a time. Its GPU compiler fuses nothing in such a call, and that for TPUs
+    inlines it all the same.
     """
-    with set_xla_metadata(inlineable="false"):
+
+    def call(*arguments: Any) -> Any:
         return _shared_block(*arguments, config=config, activations=activations)
+
+    def call_apart(*arguments: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return call(*arguments)
+
+    return lax.platform_dependent(*arguments, cpu=call_apart, default=call)
 
 
 def _probe(prefix: str, tap: Tap | None, capture: frozenset[str], into: dict[str, Array]) -> Tap:
@@ -302,6 +321,12 @@ def _any_outside_vocabulary(
     T = tokens.shape[1]
     counted = np.arange(T, dtype=np.int32)[None] < count[:, None]
     return jnp.any(counted & ((tokens < 0) | (tokens >= vocab_size)), axis=1)
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raise ValueError unless activations may be of this dtype."""
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name}: expected float32 or bfloat16")
 
 
 def _check_sites(config: ModelConfig, capture: Sequence[str]) -> None:

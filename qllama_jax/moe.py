@@ -46,9 +46,12 @@ def route(x: Float[Array, "B T D"], router: Leaf, active: int) -> Routing:
 
     The softmax is over all experts, in float32; of equally probable experts the one with the lower
     index comes first. `router` is a weight `[E, D]`; activations always meet it as floats, since a
-    rounding that changes the choice changes the whole output.
+    rounding that changes the choice changes the whole output. A token whose logits are not all
+    finite has NaN for weights: an expert with -inf would never be chosen, and nobody would know.
     """
     logits = matmul(x, router).astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
+    logits = jnp.where(finite, logits, np.float32(np.nan))
     probabilities, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), active)
     weights = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
     return Routing(experts=experts.astype(jnp.int32), weights=weights)

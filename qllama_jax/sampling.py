@@ -94,8 +94,8 @@ def sample(
 ) -> Int32[Array, " B"]:
     """Choose a token a row; -1 where none can be chosen.
 
-    That is where bias and penalties leave no finite largest logit, and where `recent` does not
-    hold all that penalty_last_n looks back on (see `holds_window`).
+    That is where a logit is not finite, where bias and penalties leave no finite largest one, and
+    where `recent` does not hold all that penalty_last_n looks back on (see `holds_window`).
 
     Args:
         logits: unmodified logits.
@@ -103,6 +103,7 @@ def sample(
         sampling: `per_row` parameters.
         recent: the tokens before this one, for the penalties; ids outside 0..V-1 count not.
     """
+    finite = jnp.isfinite(logits)
     logits = penalize(
         logits + sampling.logit_bias,
         recent,
@@ -125,8 +126,10 @@ def sample(
     # Of the filters, typical-p alone can cut the most likely token.
     filtered = jnp.any((sampling.temperature > 0) | (sampling.typical_p < 1))
     token = lax.cond(filtered, choose, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-    chooses = jnp.isfinite(jnp.max(logits, axis=-1)) & holds_window(recent, sampling.penalty_last_n)
-    return jnp.where(chooses, token, -1)
+    # The largest alone does not tell: XLA's maximum on a CPU passes over a NaN among thousands of
+    # logits, or of some 64 rows of them (0.10 and 0.12), and argmax is that NaN's index.
+    chooses = jnp.all(finite & ~jnp.isnan(logits), axis=-1) & jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.where(chooses & holds_window(recent, sampling.penalty_last_n), token, -1)
 
 
 def kept(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:

@@ -75,6 +75,7 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "stop": stop_strings(arguments.stop),
         "max_new_tokens": arguments.max_new_tokens,
         "activations": arguments.activations,
+        "dtype": arguments.dtype,
         "seed": secrets.randbelow(2**32) if arguments.seed is None else arguments.seed,
     }
 

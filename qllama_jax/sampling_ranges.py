@@ -128,9 +128,13 @@ def read_logit_bias(
 
 
 def _token(name: str, token: Any, vocab_size: int) -> int:
-    if isinstance(token, bool) or not hasattr(token, "__index__"):
-        raise TypeError(f"{name}: expected token ids, found {token!r}")
-    if not 0 <= (token := operator.index(token)) < vocab_size:
+    try:
+        if isinstance(token, bool):
+            raise TypeError
+        token = operator.index(token)  # refuses a float, and an array that is no number
+    except TypeError:
+        raise TypeError(f"{name}: expected token ids, found {token!r}") from None
+    if not 0 <= token < vocab_size:
         raise ValueError(f"{name}: token id {token} is outside the vocabulary 0..{vocab_size - 1}")
     return token
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qllama_jax import decoding, layerwise
 from qllama_jax.cache import KVCache, init_cache, resize_cache
@@ -26,6 +27,7 @@ from qllama_jax.errors import ContextOverflowError, NumericalError
 from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations
 from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
+from qllama_jax.model import check_dtype
 from qllama_jax.sampling import Sampling
 from qllama_jax.sampling_ranges import check_sampling
 from qllama_jax.session_arguments import keys_of, power_of_two, whole, with_window
@@ -42,7 +44,7 @@ MOST_TOP_LOGPROBS = 1000  # tokens whose log-probabilities one may ask for
 _start = jax.jit(decoding.start_decoding, static_argnames="top_logprobs", donate_argnames="cache")
 _decode = jax.jit(
     decoding.decode_many,
-    static_argnames=("config", "max_steps", "activations", "top_logprobs"),
+    static_argnames=("config", "max_steps", "activations", "top_logprobs", "dtype"),
     donate_argnames="state",
 )
 _resize = jax.jit(resize_cache, static_argnames="max_length")
@@ -96,9 +98,12 @@ class Session:
         activations: Activations,
         top_logprobs: int,
         progress: Progress | None = None,
+        dtype: DTypeLike = jnp.float32,
     ) -> None:
         """Check everything that can be checked before work begins; the errors of `generate`."""
         check_activations(activations)
+        check_dtype(dtype)
+        self.dtype = jnp.dtype(dtype)
         check_sampling(sampling, len(prompts), model.config.vocab_size)
         most = min(MOST_TOP_LOGPROBS, model.config.vocab_size)
         self.top_logprobs = whole("top_logprobs", top_logprobs, 0, most)
@@ -114,7 +119,7 @@ class Session:
             )
         check_fits(
             f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
-            lambda context: _needs(model, len(prompts), context),
+            lambda context: _needs(model, len(prompts), context, self.dtype.itemsize),
             longest + max_new_tokens,
             mesh=model.mesh,
         )
@@ -154,6 +159,7 @@ class Session:
             "max_steps": MAX_STEPS,
             "activations": self.activations,
             "top_logprobs": self.top_logprobs,
+            "dtype": self.dtype,
         }
         while True:
             finish, after = np.asarray(state.finish), np.asarray(state.generated)
@@ -197,7 +203,7 @@ class Session:
         longest = int(lengths.max())
         width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
         mesh = self.model.params.partitioning
-        cache = init_cache(self.model.config, len(self.prompts), width, mesh=mesh)
+        cache = init_cache(self.model.config, len(self.prompts), width, self.dtype, mesh=mesh)
         total, logits = int(lengths.sum()), None
         progress = self._progress if longest > width else None
         if progress is not None:
@@ -218,6 +224,7 @@ class Session:
                 cache,
                 config=self.model.config,
                 activations=self.activations,
+                dtype=self.dtype,
             )
             logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
             if progress is not None:
@@ -271,12 +278,12 @@ class Session:
                 )
 
 
-def _needs(model: Model, batch_size: int, context: int) -> Needs:
+def _needs(model: Model, batch_size: int, context: int, itemsize: int) -> Needs:
     """Return what a generation of `context` tokens, prompt and new ones together, allocates."""
     config = model.config
     positions = context - 1  # the last token is not stored
     room = power_of_two(positions, SMALLEST_CACHE)
-    cache = cache_bytes(config, batch_size, room, partitioning=model.params.partitioning)
+    cache = cache_bytes(config, batch_size, room, itemsize, model.params.partitioning)
     chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
     growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
     workspace = max(workspace_bytes(config, batch_size, chunk), growing)

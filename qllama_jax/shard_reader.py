@@ -18,7 +18,7 @@ from qllama_jax.quants import Block, Leaf
 from qllama_jax.shard_plan import ShardPlan
 from qllama_jax.sharding import MeshAxes, spec
 from qllama_jax.tensor_file import GGUFFile, GGUFTensor, aligned_bytes
-from qllama_jax.tensor_reader import Progress, TensorReader, plain_if_f32
+from qllama_jax.tensor_reader import Progress, TensorReader, check_finite, plain_if_f32
 from qllama_jax.tensor_types import BLOCK_SIZES
 
 # The part that a device holds of an array: a slice of each axis.
@@ -144,7 +144,7 @@ class ShardReader(TensorReader):
         """Read the blocks `[*out, nb]` of a part of a tensor of `shape`, checked."""
         raw = read_part(tensor, shape, index)
         if self._check_tensors:
-            self._check_finite(tensor, block.view(raw), tuple(s.start for s in index))
+            check_finite(tensor, block.view(raw), tuple(s.start for s in index))
         return raw.view(block.layout)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from qllama_jax.tensor_types import BLOCK_SIZES, TensorType
 
 Container = Literal["GGUF", "GGML", "GGMF", "GGJT"]
 DATA_ALIGNMENT = 64  # a cache line, and what XLA on CPU needs to take an array without a copy
+_seeking = threading.Lock()
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -91,21 +93,59 @@ class GGUFTensor:
         The array is new, writable, owned by the caller and aligned to 64 bytes. Raises
         `GGUFError` where the file is no longer the one that was opened, or is cut short.
         """
+        with self.open() as rows:
+            return rows[:].reshape(*self.shape[:0:-1], rows.shape[1])
+
+    @contextmanager
+    def open(self) -> Iterator[TensorRows]:
+        """The packed bytes by rows, `[rows of all outer dimensions, row_bytes]`, read on demand.
+
+        Raises `GGUFError` as `data` does.
+        """
         block, block_bytes = BLOCK_SIZES[self.qtype]
-        raw = aligned_bytes(self.nbytes)
+        row_bytes = self.shape[0] // block * block_bytes
         with self.source.open() as file:
-            self.fill(memoryview(raw), file, self.offset)
-        return raw.reshape(*self.shape[:0:-1], self.shape[0] // block * block_bytes)
+            yield TensorRows(self, file, range(self.nbytes // row_bytes), row_bytes)
 
     def fill(self, memory: memoryview, file: FileIO, offset: int) -> None:
-        """Read bytes of the tensor, from `offset` of its opened file on, until `memory` is full."""
-        end = offset + len(memory)
-        file.seek(offset)
+        """Read bytes of the tensor, from `offset` of its opened file on, until `memory` is full.
+
+        Several threads may read from one file at a time.
+        """
         while memory:
-            count = file.readinto(memory)
+            count = _read_at(file, memory, offset)
             if not count:
-                raise self.error(f"the file shrank: it ends {len(memory)} bytes before byte {end}")
-            memory = memory[count:]
+                end = self.offset + self.nbytes
+                missing = end - os.fstat(file.fileno()).st_size
+                raise self.error(f"the file shrank: it ends {missing} bytes before byte {end}")
+            memory, offset = memory[count:], offset + count
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRows:
+    """Rows of a tensor in an opened file; a slice of them, by one of several threads, reads it."""
+
+    tensor: GGUFTensor
+    file: FileIO = field(repr=False)
+    rows: range  # those of the tensor
+    row_bytes: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and bytes of a row."""
+        return len(self.rows), self.row_bytes
+
+    def part(self, start: int, stop: int) -> TensorRows:
+        """Rows start .. stop - 1; nothing is read."""
+        return replace(self, rows=self.rows[start:stop])
+
+    def __getitem__(self, rows: slice) -> UInt8[np.ndarray, "rows row_bytes"]:
+        """Read consecutive rows into new memory, aligned to 64 bytes."""
+        wanted = self.rows[rows]
+        raw = aligned_bytes(len(wanted) * self.row_bytes)
+        begin = self.tensor.offset + wanted.start * self.row_bytes
+        self.tensor.fill(memoryview(raw), self.file, begin)
+        return raw.reshape(len(wanted), self.row_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +179,15 @@ def aligned_bytes(count: int) -> UInt8[np.ndarray, " count"]:
     room = np.empty(count + DATA_ALIGNMENT, np.uint8)
     skip = -room.ctypes.data % DATA_ALIGNMENT
     return room[skip : skip + count]
+
+
+def _read_at(file: FileIO, into: memoryview, offset: int) -> int:
+    """Read up to len(into) bytes from byte `offset`; returns how many."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [into], offset)
+    with _seeking:  # Windows knows no read at an offset
+        file.seek(offset)
+        return file.readinto(into)
 
 
 @contextmanager

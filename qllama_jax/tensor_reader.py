@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.matmul import cpu
 from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import F32, FORMATS, Block, Leaf
-from qllama_jax.tensor_file import GGUFFile, GGUFTensor
+from qllama_jax.tensor_file import GGUFFile, GGUFTensor, TensorRows
 
 Progress = Callable[[int, int], None]
 Layout = Literal["auto", "file"]
@@ -41,56 +43,68 @@ class TensorReader:
 
     def matrix(self, name: str, shape: tuple[int, ...]) -> Leaf:
         """Weights `[*, out, in]` on the device: packed, or a plain array where they are F32."""
-        return self._leaf(*self._take(name, shape))
+        with self._take(name, shape) as rows:
+            return self._leaf(rows, shape)
 
     def table(self, name: str, shape: tuple[int, int]) -> Leaf:
         """Weights `[rows, in]` that nothing is multiplied with; only rows are looked up."""
-        block, raw = self._take(name, shape)
-        return place(plain_if_f32(block.from_bytes(raw)))
+        with self._take(name, shape) as rows:
+            return self._blocks(rows, shape)
 
     def matrices(self, name: str, rows: Sequence[int], width: int) -> list[Leaf]:
         """Weights that the file holds one below the other, taken apart after so many rows each."""
-        block, whole = self._take(name, (sum(rows), width))
-        return [self._leaf(block, part) for part in np.split(whole, np.cumsum(rows)[:-1])]
+        ends = np.cumsum(rows).tolist()
+        with self._take(name, (sum(rows), width)) as whole:
+            return [
+                self._leaf(whole.part(end - out, end), (out, width))
+                for out, end in zip(rows, ends, strict=True)
+            ]
 
     def stacked(self, names: Sequence[str], shape: tuple[int, int]) -> Leaf:
         """Weights `[E, out, in]` of E tensors `[out, in]`: a leaf each where formats differ."""
-        parts = [self._take(name, shape) for name in names]
-        blocks = {block for block, _ in parts}
-        if len(blocks) > 1 or any(self._packs(block, shape[-1]) for block in blocks):
-            return SeparateExperts(tuple(self._leaf(block, raw) for block, raw in parts))
-        return self._leaf(blocks.pop(), np.stack([raw for _, raw in parts]))
+        formats = {_format_of(self._left[name]) for name in names if name in self}
+        if len(formats) == 1 and not any(self._packs(block, shape[-1]) for block in formats):
+            (block,) = formats
+            parts = []
+            for name in names:
+                with self._take(name, shape) as rows:
+                    parts.append(rows[:])
+            return _placed(block, np.stack(parts))
+        return SeparateExperts(tuple(self.matrix(name, shape) for name in names))
 
     def vector(self, name: str, size: int) -> Float32[np.ndarray, " size"]:
         """A norm, bias or frequency factor, float32 on the host."""
-        block, raw = self._take(name, (size,))
-        return np.asarray(place(block.from_bytes(raw)).dequantize())
+        with self._take(name, (size,)) as rows:
+            return np.asarray(place(rows.block.from_bytes(rows[:][0])).dequantize())
 
     def optional_vector(self, name: str, size: int) -> Float32[np.ndarray, " size"] | None:
         """As `vector`, None where the file has none."""
         return self.vector(name, size) if name in self else None
 
-    def _leaf(self, block: type[Block], raw: np.ndarray) -> Leaf:
+    def _leaf(self, rows: CheckedRows, shape: tuple[int, ...]) -> Leaf:
         """Place weights in the arrangement from which this backend multiplies fastest."""
-        width = raw.shape[-1] // block.layout.itemsize * block.block_size
-        if not self._packs(block, width):
-            return place(plain_if_f32(block.from_bytes(raw)))
-        if raw.ndim == 3:
-            return SeparateExperts(tuple(self._leaf(block, expert) for expert in raw))
-        return place(cpu.pack(block.qtype.name, raw))
+        *experts, out, width = shape
+        if not self._packs(rows.block, width):
+            return self._blocks(rows, shape)
+        if experts:
+            parts = [rows.part(e * out, (e + 1) * out) for e in range(*experts)]
+            return SeparateExperts(tuple(self._leaf(part, (out, width)) for part in parts))
+        return place(cpu.pack(rows.block.qtype.name, rows))
+
+    def _blocks(self, rows: CheckedRows, shape: tuple[int, ...]) -> Leaf:
+        """Place weights in the blocks of the file."""
+        return _placed(rows.block, rows[:].reshape(*shape[:-1], -1))
 
     def _packs(self, block: type[Block], width: int) -> bool:
         return self._for_cpu and cpu.can_pack(block.qtype.name, width)
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], np.ndarray]:
-        """Take a tensor out of the file: its format and its bytes."""
+    @contextmanager
+    def _take(self, name: str, shape: tuple[int, ...]) -> Iterator[CheckedRows]:
+        """Take a tensor out of the file, to be read by rows."""
         block, tensor = self._claim(name, shape)
-        raw = tensor.data
-        raw = raw.reshape(*shape[:-1], raw.shape[-1])  # a stack of one may lack its axis
-        if self._check_tensors:
-            self._check_finite(tensor, block.view(raw))
+        with tensor.open() as rows:
+            yield CheckedRows(rows, block, self._check_tensors)
         self._done(tensor)
-        return block, raw
 
     def _claim(self, name: str, shape: tuple[int, ...]) -> tuple[type[Block], GGUFTensor]:
         """Take a tensor of this shape out of those that are left, unread: its format and itself."""
@@ -102,7 +116,7 @@ class TensorReader:
         if tensor.shape[::-1] != shape and not one:
             found, wanted = list(tensor.shape), list(shape[::-1])
             raise tensor.error(f"shape {found}, wanted {wanted}")
-        return self._format_of(tensor), tensor
+        return _format_of(tensor), tensor
 
     def _done(self, tensor: GGUFTensor) -> None:
         self._bytes_done += tensor.nbytes
@@ -126,30 +140,65 @@ class TensorReader:
                 f" 'llama' uses: {names}"
             )
 
-    def _format_of(self, tensor: GGUFTensor) -> Any:
-        if tensor.qtype not in FORMATS:
-            known = ", ".join(
-                qtype.name for qtype in sorted(FORMATS) if type(qtype) is type(tensor.qtype)
-            )
-            raise tensor.error(f"type {tensor.qtype.name} is not supported; supported are {known}")
-        return FORMATS[tensor.qtype]
 
-    def _check_finite(self, tensor: GGUFTensor, packed: Any, begin: tuple[int, ...] = ()) -> None:
-        """Refuse what is not finite among blocks of a tensor that begin there in it."""
-        for field, bad in packed.not_finite().items():
-            if bad.any():
-                first = list(map(int, np.argwhere(bad)[0]))
-                first = [at + start for at, start in zip_longest(first, begin, fillvalue=0)]
-                raise tensor.error(
-                    f"{int(bad.sum())} of its {bad.size} {tensor.qtype.name} field {field!r} are"
-                    f" NaN or infinite, the first at index {first}; check_tensors=False loads it"
-                    " all the same"
-                )
+@dataclass(frozen=True)
+class CheckedRows:
+    """Rows of a tensor of which each slice is refused where a number in it is not finite."""
+
+    rows: TensorRows
+    block: type[Block]
+    check: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and bytes of a row."""
+        return self.rows.shape
+
+    def part(self, start: int, stop: int) -> CheckedRows:
+        """Rows start .. stop - 1; nothing is read."""
+        return replace(self, rows=self.rows.part(start, stop))
+
+    def __getitem__(self, rows: slice) -> UInt8[np.ndarray, "rows row_bytes"]:
+        """Read consecutive rows, as `TensorRows` does."""
+        raw = self.rows[rows]
+        if self.check:
+            try:
+                check_finite(self.rows.tensor, self.block.view(raw))
+            except GGUFError:  # which shall say how often and where in all of the tensor
+                check_finite(self.rows.tensor, self.block.view(self.rows.tensor.data))
+                raise
+        return raw
+
+
+def check_finite(tensor: GGUFTensor, packed: Block, begin: tuple[int, ...] = ()) -> None:
+    """Refuse what is not finite among blocks of a tensor that begin there in it."""
+    for field, bad in packed.not_finite().items():
+        if bad.any():
+            first = list(map(int, np.argwhere(bad)[0]))
+            first = [at + start for at, start in zip_longest(first, begin, fillvalue=0)]
+            raise tensor.error(
+                f"{int(bad.sum())} of its {bad.size} {tensor.qtype.name} field {field!r} are"
+                f" NaN or infinite, the first at index {first}; check_tensors=False loads it"
+                " all the same"
+            )
+
+
+def _format_of(tensor: GGUFTensor) -> type[Block]:
+    if tensor.qtype not in FORMATS:
+        known = ", ".join(
+            qtype.name for qtype in sorted(FORMATS) if type(qtype) is type(tensor.qtype)
+        )
+        raise tensor.error(f"type {tensor.qtype.name} is not supported; supported are {known}")
+    return FORMATS[tensor.qtype]
+
+
+def _placed(block: type[Block], raw: UInt8[np.ndarray, "*out row_bytes"]) -> Leaf:
+    return place(plain_if_f32(block.from_bytes(raw)))
 
 
 def place(tree: Any) -> Any:
     """Put every array of a tree on the default device."""
-    return jax.tree.map(jax.device_put, tree)
+    return jax.device_put(tree)
 
 
 def plain_if_f32(packed: Any) -> Any:

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import llama_cpp  # pyright: ignore[reportMissingImports]
-from make_tokenizer_vectors import load, make_texts
 
+from make_tokenizer_vectors import load, make_texts
 from qllama_jax.gguf_file import read_gguf
 from qllama_jax.tokenizer import Tokenizer
 from qllama_jax.tokenizer.pretokenizers import PRETOKENIZERS

@@ -100,7 +100,7 @@ make_environment() {
 
 install() {
     local extras="" size="180 MB to fetch, 750 MB on disk"
-    if [ "$1" = dev ]; then extras="[dev]" size="330 MB to fetch, 1.4 GB on disk"; fi
+    if [ "$1" = dev ]; then extras="[dev]" size="550 MB to fetch, 2.1 GB on disk"; fi
     say "installing qllama_jax and what it needs (at most $size)"
     if ! pip_install --editable "$root$extras"; then
         # pip gave up before it changed anything, unlike where it was interrupted: what there was is still good.

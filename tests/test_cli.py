@@ -188,6 +188,7 @@ DEFAULTS = {
     "logit_bias": {},
     "stop": (),
     "activations": "auto",
+    "dtype": "float32",
     "ignore_eos": False,
     "progress": None,
 }
@@ -202,6 +203,7 @@ ALL_FLAGS = {
     "presence_penalty": -0.5,
     "frequency_penalty": 0.25,
     "activations": "int8x2",
+    "dtype": "bfloat16",
 }
 OTHER_FLAGS = [
     "--ignore-eos",

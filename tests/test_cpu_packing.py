@@ -89,6 +89,12 @@ def test_no_packed_format_is_taken_for_another_with_the_same_arrays():
     assert jax.tree.structure(second) != jax.tree.structure(third)
 
 
+def test_repr_tells_the_size_or_shows_leaves_that_are_numbers():
+    w, _ = weight("Q4_0")
+    assert repr(w) == f"CPUWeight(Q4_0, shape=(100, {IN}), nbytes={w.nbytes})"
+    assert repr(jax.tree.map(lambda leaf: np.uint8(7), w)) == "CPUWeight(Q4_0, np.uint8(7))"
+
+
 # The product.
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from typing import Any
 
@@ -16,9 +15,6 @@ import qllama_jax as ql
 from qllama_jax import decoding, layerwise, session
 from qllama_jax.metadata import Metadata
 from qllama_jax.params import Linear
-from qllama_jax.row_text import stop_strings
-from qllama_jax.sampling_ranges import read_logit_bias
-from qllama_jax.session_arguments import keys_of
 from reference import Reference
 
 PROMPTS = [[5, 17, 300, 42, 9], [7], [11, 12, 13, 250, 251, 252, 253, 254, 100, 101, 102, 3, 8]]
@@ -204,6 +200,27 @@ def test_a_row_of_a_batch_is_that_row_alone_with_its_key(model, generate_tokens,
         alone = run(generate_tokens, model, [prompt], 12, key=keys[row : row + 1], **fields)
         assert batch.tokens[row].tolist() == alone.tokens[0].tolist()
     assert len({tuple(row) for row in batch.tokens.tolist()}) == len(PROMPTS)
+
+
+def test_bfloat16_streamed_equals_one_shot_equals_the_pure_function(model):
+    wanted = jax.jit(ql.generate_tokens, static_argnames=("config", "max_new_tokens", "dtype"))(
+        model.params,
+        *padded(PROMPTS[:1]),
+        jax.random.key(0),
+        config=model.config,
+        sampling=ql.Sampling(),
+        max_new_tokens=12,
+        stop_tokens=[],
+        dtype=jnp.bfloat16,
+    )
+    assert {leaf.dtype for leaf in wanted.cache.k} == {jnp.dtype(jnp.bfloat16)}
+    options = {"max_new_tokens": 12, "ignore_eos": True, "dtype": jnp.bfloat16}
+    result = ql.generate(model, PROMPTS[0], **options)
+    assert result.tokens == wanted.tokens[0].tolist()
+    assert [piece.token for piece in ql.stream(model, PROMPTS[0], **options)] == result.tokens
+    exact = ql.generate(model, PROMPTS[0], **{**options, "dtype": jnp.float32})
+    assert result.logprobs[0] != exact.logprobs[0]
+    assert abs(result.logprobs[0] - exact.logprobs[0]) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -447,7 +464,7 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
         traces["decode"].append(state.cache.max_length)
         return decoding.decode_many(params, state, *arguments, **static)
 
-    static = ("config", "max_steps", "activations", "top_logprobs")
+    static = ("config", "max_steps", "activations", "top_logprobs", "dtype")
     monkeypatch.setattr(
         layerwise, "_layer", jax.jit(layer, static_argnames=("config", "activations"))
     )
@@ -587,197 +604,6 @@ def test_stats_count_tokens(model):
     stats = results[0].stats
     assert stats.prompt_tokens == sum(map(len, PROMPTS))
     assert (stats.generated_tokens, stats.decode_steps) == (15, 4)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "options", "error", "message"),
-    [
-        ([1, 384], {}, ValueError, "token id 384 at index 1 is outside the vocabulary 0..383"),
-        ([-1], {}, ValueError, "token id -1 at index 0"),
-        ([2**31], {}, ValueError, "token id 2147483648"),
-        ([2**32 + 5], {}, ValueError, "token id 4294967301"),
-        ([1.0, 2.0], {}, TypeError, "float64"),
-        ([True], {}, TypeError, "bool"),
-        ([[[1]]], {}, TypeError, "shape"),
-        ([], {}, ValueError, "empty"),
-        ([[1], []], {}, ValueError, "prompt 1: no tokens"),
-        ([1] * 4096, {}, ql.ContextOverflowError, "room for 0"),
-        ([1] * 4000, {"max_new_tokens": 97}, ql.ContextOverflowError, "room for 96"),
-        ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
-        ([1], {"max_new_tokens": 2.5}, TypeError, "2.5"),
-        ([1], {"max_new_tokens": True}, TypeError, "True"),
-        ([1], {"seed": -1}, ValueError, "seed=-1"),
-        ([1], {"seed": 2**32}, ValueError, "seed=4294967296"),
-        ([1], {"seed": [1, 2]}, ValueError, "seed: 2 seeds for 1 rows"),
-        ([[1], [2]], {"seed": [1]}, ValueError, "seed: 1 seeds for 2 rows"),
-        ([[1], [2]], {"seed": [1, 2**32]}, ValueError, r"seed\[1\]=4294967296"),
-        ([[1], [2]], {"seed": [1, True]}, TypeError, r"seed\[1\]=True"),
-        ([1], {"seed": "1"}, TypeError, "seed"),
-        ([1], {"seed": 1.0}, TypeError, "seed"),
-        ([1], {"top_logprobs": -1}, ValueError, "top_logprobs=-1: expected 0..384"),
-        ([1], {"top_logprobs": 385}, ValueError, "top_logprobs=385"),
-        ([1], {"top_logprobs": True}, TypeError, "top_logprobs=True"),
-        ([1], {"banned_tokens": [384]}, ValueError, "banned_tokens: token id 384 is outside"),
-        ([1], {"banned_tokens": [-1]}, ValueError, "banned_tokens: token id -1"),
-        ([1], {"banned_tokens": [1.0]}, TypeError, "banned_tokens"),
-        ([1], {"banned_tokens": "ab"}, TypeError, "banned_tokens"),
-        ([1], {"banned_tokens": range(384)}, ValueError, "none to choose"),
-        ([1], {"logit_bias": {384: 1.0}}, ValueError, "logit_bias: token id 384"),
-        ([1], {"logit_bias": {True: 1.0}}, TypeError, "found True"),
-        ([1], {"logit_bias": {3: float("nan")}}, ValueError, "nan for token 3"),
-        ([1], {"logit_bias": {3: 1e39}}, ValueError, "inf for token 3"),
-        ([1], {"logit_bias": {3: "1"}}, TypeError, r"logit_bias\[3\]='1'"),
-        ([1], {"logit_bias": {3: True}}, TypeError, r"logit_bias\[3\]=True"),
-        ([1], {"logit_bias": 2.0}, ValueError, "found 2.0"),
-        ([1], {"logit_bias": np.zeros(3), "banned_tokens": [1]}, ValueError, r"shape \(3,\)"),
-        ([1], {"penalty_last_n": -2}, ValueError, "penalty_last_n=-2"),
-        ([1], {"typical_p": 0}, ValueError, "typical_p=0"),
-        ([1], {"repeat_penalty": 1e-46}, ValueError, "repeat_penalty"),
-        ([1], {"temperature": 1e300}, ValueError, "temperature"),
-        ([1], {"temperature": "warm"}, TypeError, "temperature='warm'"),
-        ([1], {"top_k": np.asarray([1, 2])}, ValueError, "top_k.*1 rows"),
-        ({"role": "x"}, {}, TypeError, "dict"),
-        (b"hello", {}, TypeError, "prompt: .* found bytes"),
-        ([b"hello"], {}, TypeError, "prompt 0: .* found bytes"),
-        (np.array(5), {}, TypeError, r"prompt: .* found a number, array\(5\)"),
-        ([[1, [2]]], {}, TypeError, "prompt 0: .* several lengths or depths"),
-        ([1, [2]], {}, TypeError, "prompt: .* several lengths or depths"),
-        ([[1], 2], {}, TypeError, "prompt 1: .* found int"),
-        ([1, True], {}, TypeError, "prompt: .* bool"),
-        (np.ones((2, 0), int), {}, ValueError, "prompt 0: no tokens"),
-        ([1], {"seed": np.array([[1]])}, ValueError, r"seed: .* found shape \(1, 1\)"),
-        ([1], {"seed": b"1"}, TypeError, "seed=b'1'"),
-        ([1], {"seed": np.array(1.5)}, TypeError, "seed="),
-        ([1], {"max_new_tokens": np.array([5])}, TypeError, "max_new_tokens"),
-        (iter([1, 2]), {}, TypeError, "iterator"),
-        (None, {}, TypeError, "NoneType"),
-        ([1], {"temperature": -1}, ValueError, "temperature=-1"),
-        ([1], {"top_p": 0.0}, ValueError, "top_p=0.0"),
-        ([1], {"warmth": 1}, TypeError, "warmth"),
-        ([1], {"stop": ""}, ValueError, "stop"),
-    ],
-)
-def test_bad_arguments_are_refused_before_any_work(model, prompt, options, error, message):
-    with pytest.raises(error, match=message):
-        ql.generate(model, prompt, **options)
-    with pytest.raises((error, TypeError)):
-        ql.stream(model, prompt, **options)
-
-
-def test_none_is_no_stop_and_no_ban(model, path):
-    options: dict[str, Any] = {"stop": None, "banned_tokens": None, "ignore_eos": True}
-    result = ql.generate(model, PROMPTS[0], max_new_tokens=4, **options)
-    assert result.tokens == Reference(path).greedy(PROMPTS[0], 4)
-
-
-@pytest.mark.parametrize(("stop", "kind"), [(5, "int"), (b"ab", "bytes"), ([5], "int")])
-def test_a_stop_that_is_no_text_is_refused_by_its_kind(stop, kind):
-    unchecked: Any = inspect.unwrap(stop_strings)  # types are checked in tests alone
-    with pytest.raises(TypeError, match=f"^stop: expected .*, found {kind}$"):
-        unchecked(stop)
-
-
-def test_a_ban_that_is_no_list_is_refused_by_its_kind():
-    unchecked: Any = inspect.unwrap(read_logit_bias)
-    with pytest.raises(TypeError, match=r"^banned_tokens: expected token ids, found int$"):
-        unchecked(0.0, 5, 384, 1)
-
-
-@pytest.mark.parametrize("kind", [list, np.asarray, jnp.asarray])
-def test_seeds_of_any_kind_are_the_keys_of_the_rows_alone(kind):
-    keys = keys_of(kind([1, 7]), 2)
-    for key, seed in zip(keys, (1, 7), strict=True):
-        expected = jax.random.fold_in(jax.random.key(seed), 0)
-        assert jax.random.key_data(key).tolist() == jax.random.key_data(expected).tolist()
-    number: Any = 7 if kind is list else kind(7)
-    expected = jax.random.fold_in(jax.random.key(7), 0)
-    assert jax.random.key_data(keys_of(number, 1)).tolist() == [
-        jax.random.key_data(expected).tolist()
-    ]
-
-
-BAD_SAMPLING: dict[str, tuple[dict[str, Any], str]] = {
-    "negative": ({"temperature": -1.0}, "temperature=-1.0"),
-    "nan": ({"temperature": float("nan")}, "temperature=nan"),
-    "of a row": ({"top_p": np.asarray([0.5, np.nan], np.float32)}, "top_p="),
-    "jax's": ({"repeat_penalty": jnp.asarray(0.0)}, "repeat_penalty="),
-    "rows": ({"top_k": np.asarray([1, 2, 3])}, r"top_k: \(3,\) numbers for 2 rows"),
-    "bias": ({"logit_bias": np.zeros(7, np.float32)}, r"logit_bias: .* found shape \(7,\)"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SAMPLING)
-def test_the_pure_functions_refuse_concrete_parameters_out_of_range(model, name):
-    fields, message = BAD_SAMPLING[name]
-    sampling = ql.Sampling(**fields)
-    cache = ql.init_cache(model.config, 2, 8)
-    recent = jnp.full((2, 64), -1, jnp.int32)
-    keys, none = ql.row_keys(jax.random.key(0), 2), jnp.zeros((0,), jnp.int32)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        ql.start_decoding(jnp.zeros((2, 384)), cache, recent, keys, sampling, none)
-    zeros = jnp.zeros((2,), jnp.int32)
-    state = ql.DecodeState(cache, zeros, recent, keys, zeros, zeros)
-    options: dict[str, Any] = {"config": model.config, "max_steps": 1}
-    with pytest.raises(ValueError, match=f"^{message}"):
-        ql.decode_many(model.params, state, sampling, none, 1, **options)
-
-
-def test_a_traced_bias_of_another_shape_is_refused_by_its_name(model, generate_tokens):
-    with pytest.raises(ValueError, match=r"^logit_bias: .* \(3, 384\), found shape \(3, 7\)"):
-        run(generate_tokens, model, PROMPTS, 2, logit_bias=jnp.zeros((3, 7)))
-
-
-def test_stop_tokens_may_be_a_list(model, path, generate_tokens):
-    tokens = Reference(path).greedy(PROMPTS[0], 6)
-    end = tokens.index(tokens[3]) + 1
-    prompt, lengths = padded(PROMPTS[:1])
-    for stop, length in (([383, tokens[3]], end), ([], 6)):
-        out = generate_tokens(
-            model.params,
-            prompt,
-            lengths,
-            jax.random.key(0),
-            config=model.config,
-            sampling=ql.Sampling(),
-            max_new_tokens=6,
-            stop_tokens=stop,
-        )
-        assert out.tokens[0, : int(out.lengths[0])].tolist() == tokens[:length]
-
-
-@pytest.mark.parametrize("stop", [frozenset({5}), 5, [1.5], [[1]], [True], np.int32(5)], ids=str)
-def test_stop_tokens_that_are_no_list_of_ids_are_refused(stop):
-    with pytest.raises(TypeError, match=r"^stop_tokens: expected a list of ids or int32\[K\], fo"):
-        decoding.stop_ids(stop)
-
-
-@pytest.mark.parametrize("dtype", [np.int64, np.uint32])
-def test_a_stop_token_beyond_int32_does_not_wrap_to_another(dtype):
-    for stop in ([2**31], np.asarray([2**31], dtype)):
-        with pytest.raises(OverflowError):
-            decoding.stop_ids(stop)
-    assert decoding.stop_ids(np.asarray([7, 2**31 - 1], dtype)).tolist() == [7, 2**31 - 1]
-
-
-def test_a_history_of_other_rows_is_refused():
-    unchecked: Any = inspect.unwrap(ql.recent_tokens)
-    for shape in ((2, 5), (5,)):
-        with pytest.raises(ValueError, match=r"history of shape .*: expected \(3, H\)"):
-            unchecked(*padded(PROMPTS), jnp.zeros(shape, jnp.int32))
-
-
-def test_a_prompt_without_tokens_is_refused_by_the_pure_function(model):
-    with pytest.raises(ValueError, match="0 tokens a row"):
-        ql.generate_tokens(
-            model.params,
-            jnp.zeros((1, 0), jnp.int32),
-            jnp.zeros((1,), jnp.int32),
-            jax.random.key(0),
-            config=model.config,
-            sampling=ql.Sampling(),
-            max_new_tokens=1,
-            stop_tokens=[],
-        )
 
 
 def test_a_cache_with_room_goes_on_and_a_full_one_says_so(model, path, generate_tokens):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +63,58 @@ def test_no_layer_runs_after_an_interrupt_and_the_model_goes_on_as_before(
             tokens(model)
     assert len(layers) == at
     assert tokens(model) == wanted
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_no_dispatch_runs_after_an_interrupt_while_decoding(
+    model: ql.Model, monkeypatch: pytest.MonkeyPatch, at: int
+):
+    wanted = tokens(model)
+    dispatches = []
+
+    def decode(*arguments: Any, **static: Any) -> Any:
+        dispatches.append(static)
+        if len(dispatches) == at:
+            signal.raise_signal(signal.SIGINT)
+        return run(*arguments, **static)
+
+    run = session._decode
+    pieces = ql.stream(model, PROMPT, max_new_tokens=5, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_decode", decode)
+        patch.setattr(session, "compile_ahead", lambda *_, **__: None)
+        patch.setattr(session, "DISPATCH_SECONDS", 0.0)  # a step a dispatch
+        seen = [next(pieces).token for _ in range(at)]
+        with pytest.raises(KeyboardInterrupt):
+            next(pieces)
+    assert len(dispatches) == at
+    assert seen == wanted[:at]
+    assert list(pieces) == []  # the stream has ended; a new one begins afresh
+    assert tokens(model) == wanted
+
+
+@pytest.mark.parametrize("at", [1, 20, 38])
+@pytest.mark.parametrize("layout", ["auto", "file"])
+def test_no_tensor_is_read_after_an_interrupt_while_loading_and_the_next_load_is_whole(
+    model: ql.Model, at: int, layout: Any
+):
+    done = []
+
+    def progress(*counts: int) -> None:
+        done.append(counts)
+        if len(done) == at:
+            signal.raise_signal(signal.SIGINT)
+
+    wanted = jax.tree.leaves(ql.load(model.path, layout=layout).params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a file that is left open is one
+        with pytest.raises(KeyboardInterrupt):
+            ql.load(model.path, layout=layout, progress=progress)
+        gc.collect()
+    assert len(done) == at < len(ql.read_gguf(model.path).tensors)
+    found = jax.tree.leaves(ql.load(model.path, layout=layout).params)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_at_most_one_layer_waits_while_another_runs(

@@ -212,6 +212,57 @@ def test_a_bfloat16_cache_changes_logits_by_at_most_1_percent(small: Small):
     assert error.max() > 1e-4
 
 
+def test_bfloat16_activations_change_logits_by_at_most_4_percent(small: Small):
+    logits, cache = ql.forward(
+        small.params,
+        jnp.asarray(small.tokens),
+        small.cache(dtype=jnp.bfloat16),
+        config=small.config,
+        dtype=jnp.bfloat16,
+    )
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in (*cache.k, *cache.v)} == {jnp.dtype(jnp.bfloat16)}
+    error = errors(logits, small.wanted)
+    assert error.max() <= 4e-2  # every residual keeps 8 bits
+    assert error.max() > 2e-3
+
+
+def test_all_activations_have_the_dtype_that_is_asked_for(small: Small):
+    names = ql.sites(small.config)
+
+    def captured(dtype: Any) -> set[Any]:
+        hidden, _, aux = jax.eval_shape(
+            functools.partial(ql.hidden_states, config=small.config, capture=names, dtype=dtype),
+            small.params,
+            jnp.asarray(small.tokens),
+            small.cache(dtype=dtype),
+        )
+        return {hidden.dtype, *(aux[name].dtype for name in names)}
+
+    assert captured(jnp.bfloat16) == {jnp.dtype(jnp.bfloat16)}
+    assert captured(jnp.float32) == {jnp.dtype(jnp.float32)}
+
+
+def test_a_dtype_that_is_none_of_the_two_is_refused(small: Small):
+    with pytest.raises(ValueError, match="float16: expected float32 or bfloat16"):
+        ql.forward(
+            small.params,
+            jnp.asarray(small.tokens),
+            small.cache(),
+            config=small.config,
+            dtype=jnp.float16,
+        )
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", 2), ("cuda", 0), ("tpu", 0)])
+def test_a_layer_is_kept_a_call_on_a_cpu_alone(small: Small, platform: str, calls: int):
+    # XLA's GPU compiler fuses nothing in what it may not inline.
+    arguments = small.params, jnp.asarray(small.tokens), small.cache()
+    traced = jax.jit(functools.partial(ql.forward, config=small.config)).trace(*arguments)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('inlineable = "false"') == calls
+
+
 # Hidden states, sites, captures and taps
 
 

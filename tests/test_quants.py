@@ -407,6 +407,9 @@ def test_repr_tells_the_size_and_prints_no_array(qtype: TensorType):
     assert repr(w) == f"{qtype._name_}(shape=(6, {K}), nbytes={raw.nbytes})"
 
 
-def test_repr_of_leaves_that_are_no_arrays_shows_them():
+def test_repr_of_leaves_that_are_no_arrays_or_numbers_shows_them():
     w, _ = some_weight(QType.Q4_0, 2)
+    assert (
+        repr(jax.tree.map(lambda leaf: np.uint8(leaf.ndim), w)) == "Q4_0(np.uint8(2), np.uint8(3))"
+    )
     assert repr(jax.tree.map(lambda leaf: leaf.ndim, w)) == "Q4_0(2, 3)"

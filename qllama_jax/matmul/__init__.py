@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from qllama_jax.matmul import xla
+from qllama_jax.matmul.blocks import matmul_blocks
 from qllama_jax.quants import Block
 
 Activations = Literal["auto", "float", "int8", "int8x2"]
@@ -103,7 +104,7 @@ register_expert = _multiply_expert.register
 @register
 def _(w: Block, x: Float[Array, "*batch in"], activations: Activations) -> Array:
     out, _ = w.shape
-    return xla.matmul_rows(_rounded(x, w, activations), w, jnp.int32(0), out)
+    return matmul_blocks(_rounded(x, w, activations), w, None, out)
 
 
 @register_expert
@@ -112,7 +113,7 @@ def _(
 ) -> Array:
     _, out, _ = w.shape
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), w)
-    return xla.matmul_rows(_rounded(x, w, activations), rows, expert * np.int32(out), out)
+    return matmul_blocks(_rounded(x, w, activations), rows, expert * np.int32(out), out)
 
 
 def _rounded(x: Float[Array, "*batch in"], w: Block, activations: Activations) -> Array:

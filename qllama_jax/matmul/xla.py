@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,11 @@ class Rows(Protocol):
     def dequantize_transposed(self) -> Float32[Array, "in out"]:
         """Return the values, rows as columns."""
         ...
+
+
+def dequantize_transposed(w: Rows) -> Float32[Array, "in out"]:
+    """Return the values, rows as columns."""
+    return w.dequantize_transposed()
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -79,15 +84,31 @@ def matmul_rows(
     forward pass keeps no dense weight; packed leaves have no gradient.
     """
     *batch, width = x.shape
-    rows = x.reshape(-1, width)
+    y = by_tiles(x.reshape(-1, width), w, first, count)
+    return y.reshape(*batch, count).astype(x.dtype)
+
+
+def by_tiles(
+    x: Float[Array, "n in"],
+    w: Rows,
+    first: Int32[Array, ""],
+    count: int,
+    *,
+    tile_values: int = TILE_VALUES,
+    dequantize: Callable[[Any], Array] = dequantize_transposed,
+) -> Float32[Array, "n out"]:
+    """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
+
+    A tile is of at most `tile_values` values; `dequantize` returns them `[in, tile]`, in the order
+    in which x has them.
+    """
 
     def write_tile(tile: Tile, y: Array) -> Array:
-        product = _dot(rows, tile.dense)
+        product = _dot(x, tile.dense)
         return lax.dynamic_update_slice(y, product, (np.int32(0), tile.start))
 
-    init = jnp.zeros((rows.shape[0], count), jnp.float32)
-    y = _over_tiles(w, first, count, write_tile, init)
-    return y.reshape(*batch, count).astype(x.dtype)
+    init = jnp.zeros((x.shape[0], count), jnp.float32)
+    return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize)
 
 
 def _forward(x: Array, w: Rows, first: Array, count: int) -> tuple[Array, tuple[Rows, Array]]:
@@ -130,22 +151,29 @@ class Tile(NamedTuple):
 
 
 def _over_tiles(
-    w: Rows, first: Array, count: int, visit: Callable[[Tile, Array], Array], init: Array
+    w: Rows,
+    first: Array,
+    count: int,
+    visit: Callable[[Tile, Array], Array],
+    init: Array,
+    tile_values: int = TILE_VALUES,
+    dequantize: Callable[[Any], Array] = dequantize_transposed,
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
     # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
     # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
     unit = w.row_unit
-    size = unit * max(1, min(-(-count // (2 * unit)), TILE_VALUES // (unit * width)))
+    size = unit * max(1, min(-(-count // (2 * unit)), tile_values // (unit * width)))
 
     def body(i: Array, carry: Array) -> Array:
+        i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set
         # Where `size` does not divide `count` the last tile starts earlier and repeats some rows.
         start = jnp.minimum(i * size, count - size)
         fresh = start + np.arange(size, dtype=np.int32) >= i * size
         # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
         packed = lax.optimization_barrier(w.slice_rows(first + start, size))
-        return visit(Tile(start, fresh, packed.dequantize_transposed()), carry)
+        return visit(Tile(start, fresh, dequantize(packed)), carry)
 
     return lax.fori_loop(0, -(-count // size), body, init)
 

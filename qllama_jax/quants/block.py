@@ -109,7 +109,7 @@ class Block:
     def __repr__(self) -> str:
         try:
             return f"{type(self).__name__}(shape={self.shape}, nbytes={self.nbytes})"
-        except (AttributeError, TypeError):  # leaves that are no arrays: inside tree.map
+        except (AttributeError, TypeError, ValueError):  # other leaves, as within tree.map
             return f"{type(self).__name__}({', '.join(map(repr, self._leaves))})"
 
 

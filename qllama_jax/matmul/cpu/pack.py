@@ -1,15 +1,18 @@
 """Rows of GGUF bytes -> CPUWeight: the file's 16-bit words, transposed so that rows are lanes.
 
-Numpy does this at the speed of memory where the words are those of the file (Q4_0, Q5_0, ...), and
-with a few operations a word where fields of several groups share one (the k-quants).
+Numpy does this at the speed of memory where the words are the file's own (Q4_0, Q5_0, ...). Where
+fields of several groups share a word (the k-quants) its words are first laid out in planes, one
+for each word of a block: a plane is a long run of memory, which numpy goes through with vectors.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -21,9 +24,25 @@ from qllama_jax.matmul.cpu.weight import LANES, TAKES_BFLOAT16, CPUWeight
 from qllama_jax.tensor_file import aligned_bytes
 from qllama_jax.tensor_types import BLOCK_SIZES
 
-# Words of some rows: uint16[nb, tiles, words of a block, LANES], a view of the file's bytes.
+# Words of some rows: uint16[words of a block, nb, tiles, LANES].
 Words = np.ndarray
-_CHUNK_BYTES = 2**18  # what a thread reorders at a time, with its copies within a core's L2 cache
+# What a thread reads and reorders at a time. Numpy's operations on less are so short that two
+# threads wait for Python's lock: half of it packs Q6_K at 0.6 instead of 0.9 GB/s.
+_CHUNK_BYTES = 2**21
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows of bytes that can be had some at a time: an array, or `TensorRows` of a file."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and bytes of a row."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> UInt8[np.ndarray, "rows bytes"]:
+        """Return some rows; several threads may ask at once."""
+        ...
 
 
 class Arrays(NamedTuple):
@@ -41,186 +60,205 @@ def can_pack(format: str, width: int) -> bool:
     return format in LAYOUTS and width % GROUP == 0
 
 
-def pack(format: str, raw: UInt8[np.ndarray, "out bytes"]) -> CPUWeight:
-    """Reorder rows that `can_pack` into arrays of their own."""
-    out, _ = raw.shape
+def pack(format: str, rows: Rows) -> CPUWeight:
+    """Reorder rows that `can_pack` into arrays of their own, reading some at a time."""
+    out, row_bytes = rows.shape
     tiles = -(-out // LANES)
-    if out % LANES:
-        raw = np.concatenate([raw, np.zeros((tiles * LANES - out, raw.shape[1]), np.uint8)])
-    reorder = _REORDER[format]
+    one = _reorder(format, np.zeros((LANES, row_bytes), np.uint8))
+    whole = [
+        None if array is None else _room(array, 3 if name == "words" else 2, tiles)
+        for name, array in one._asdict().items()
+    ]
+
+    def fill(first: int) -> None:
+        part = slice(first, min(first + step, tiles))
+        raw = rows[part.start * LANES : min(part.stop * LANES, out)]
+        if missing := -len(raw) % LANES:
+            raw = np.concatenate([raw, np.zeros((missing, row_bytes), np.uint8)])
+        for target, source in zip(whole, _reorder(format, raw), strict=True):
+            if target is not None and source is not None:
+                _copy(target, source, part)
+
+    threads = os.cpu_count() or 1
+    step = max(1, min(_CHUNK_BYTES // (LANES * row_bytes), -(-tiles // threads)))
+    list(_pool(threads).map(fill, range(0, tiles, step)))
+    return CPUWeight(*whole, format=format, out=out)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="pack")
+
+
+def _room(like: np.ndarray, axes: int, tiles: int) -> np.ndarray:
+    """Memory for an array of which `like` has one tile, and `axes` axes from the tiles on."""
+    shape = (math.prod(like.shape[:-axes]), tiles, *like.shape[-axes + 1 :])
+    return aligned_bytes(math.prod(shape) * like.itemsize).view(like.dtype).reshape(shape)
+
+
+def _copy(target: np.ndarray, source: np.ndarray, part: slice) -> None:
+    """Write tiles `part` of an array [G, tiles, *words, lanes]; source's first axes count G."""
+    _, tiles, *rest = target.shape
+    groups = source.shape[: -1 - len(rest)]
+    target = target.reshape(*groups, tiles, *rest)[..., part, *(slice(None) for _ in rest)]
+    if source.strides[-1] == source.itemsize:
+        # Lanes that lie side by side are copied 1.5 times as fast as one item.
+        lanes = np.dtype((np.void, LANES * source.itemsize))
+        target, source = target.view(lanes), source.view(lanes)
+    target[...] = source
+
+
+def _reorder(format: str, raw: UInt8[np.ndarray, "rows bytes"]) -> Arrays:
     # A block of floats is one number: 32 of them make a group.
     block, block_bytes = BLOCK_SIZES[GGMLQuantizationType[format]]
     struct_bytes = block_bytes * max(1, GROUP // block)
     unit = np.uint8 if format == "Q8_0" else np.uint16
-    view = (
-        raw.view(unit)
-        .reshape(tiles, LANES, -1, struct_bytes // unit().itemsize)
-        .transpose(2, 0, 3, 1)
-    )
-    whole = [None if a is None else _room(a, tiles) for a in reorder(view[:, :1])]
-
-    def fill(first: int) -> None:
-        part = slice(first, first + step)
-        for target, source in zip(whole, reorder(view[:, part]), strict=True):
-            if target is not None:
-                target[:, part] = source
-
-    step = max(1, _CHUNK_BYTES // (raw.nbytes // tiles))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(fill, range(0, tiles, step)))
-    return CPUWeight(*whole, format=format, out=out)
-
-
-def _room(like: np.ndarray, tiles: int) -> np.ndarray:
-    groups, _, *rest = like.shape
-    shape = (groups, tiles, *rest)
-    return aligned_bytes(int(np.prod(shape)) * like.itemsize).view(like.dtype).reshape(shape)
+    units = struct_bytes // unit().itemsize
+    words = raw.view(unit).reshape(-1, LANES, raw.shape[1] // struct_bytes, units)
+    words = words.transpose(3, 2, 0, 1)
+    if format.endswith("_K"):
+        words = np.ascontiguousarray(words)
+    return _REORDER[format](words)
 
 
 def _half(words: Words) -> np.ndarray:
     return words.view(np.float16)
 
 
+def _in_groups(words: Words) -> np.ndarray:
+    """[n, G, tiles, lanes] -> [G, tiles, n, lanes]."""
+    return words.transpose(1, 2, 0, 3)
+
+
 def _q4_0(v: Words) -> Arrays:
-    return Arrays(v[:, :, 1:], _half(v[:, :, 0]))
+    return Arrays(_in_groups(v[1:]), _half(v[0]))
 
 
 def _q4_1(v: Words) -> Arrays:
-    return Arrays(v[:, :, 2:], _half(v[:, :, 0]), _half(v[:, :, 1]))
+    return Arrays(_in_groups(v[2:]), _half(v[0]), _half(v[1]))
 
 
 def _q8_0(v: Words) -> Arrays:
-    return Arrays(
-        v[:, :, 2:].view(np.int8),
-        np.ascontiguousarray(v[:, :, :2].swapaxes(2, 3)).view(np.float16)[..., 0],
-    )
+    scale = np.ascontiguousarray(np.moveaxis(v[:2], 0, -1)).view(np.float16)[..., 0]
+    return Arrays(_in_groups(v[2:]).view(np.int8), scale)
 
 
 def _f16(v: Words) -> Arrays:
-    return Arrays(_half(v))
+    return Arrays(_half(_in_groups(v)))
 
 
 def _bf16(v: Words) -> Arrays:
-    return Arrays(v.view(ml_dtypes.bfloat16) if TAKES_BFLOAT16 else v)
+    words = _in_groups(v)
+    return Arrays(words.view(ml_dtypes.bfloat16) if TAKES_BFLOAT16 else words)
 
 
-def _pairs(words: Words, shift: int, mask: int) -> Words:
-    """Field at `shift` of both bytes of each word."""
-    return (words >> np.uint16(shift)) & np.uint16(mask * 0x0101)
-
-
-def _nibble_words(qs: Words) -> Words:
-    """128 bytes whose low nibbles are a sub-block and whose high ones the next, as _NIBBLES."""
-    nb, tiles, _, lanes = qs.shape
-    first, second = qs.reshape(nb, tiles, 4, 2, 8, lanes).transpose(3, 0, 2, 1, 4, 5)
-    words = np.empty((nb, 4, 2, tiles, 8, lanes), np.uint16)
-    words[:, :, 0] = _pairs(first, 0, 15) | (_pairs(second, 0, 15) << np.uint16(4))
-    words[:, :, 1] = _pairs(first, 4, 15) | (second & np.uint16(0xF0F0))
-    return words.reshape(nb * 8, tiles, 8, lanes)
+def _field(words: Words, at: int, mask: int, to: int) -> Words:
+    """Bits `mask` above bit `at` of both bytes of each word, moved to bit `to` of its byte."""
+    shift = to - at
+    moved = words << np.uint16(shift) if shift > 0 else words >> np.uint16(-shift)
+    moved &= np.uint16((mask << to) * 0x0101)
+    return moved
 
 
 def _bytes(words: Words) -> np.ndarray:
-    """Words [nb, tiles, n, lanes] -> bytes [nb, 2 n, tiles, lanes]."""
-    nb, tiles, n, lanes = words.shape
-    both = np.stack([words.astype(np.uint8), (words >> np.uint16(8)).astype(np.uint8)], axis=3)
-    return both.reshape(nb, tiles, 2 * n, lanes).swapaxes(1, 2)
+    """Words [n, *rest] -> bytes [2 n, *rest]."""
+    n, *rest = words.shape
+    both = np.empty((n, 2, *rest), np.uint8)
+    both[:, 0] = words.astype(np.uint8)
+    both[:, 1] = (words >> np.uint16(8)).astype(np.uint8)
+    return both.reshape(2 * n, *rest)
+
+
+def _of_blocks(planes: np.ndarray) -> np.ndarray:
+    """[n, nb, tiles, lanes] -> [nb, n, tiles, lanes]."""
+    return planes.swapaxes(0, 1)
 
 
 def _six_bit_scales(words: Words) -> tuple[np.ndarray, np.ndarray]:
-    low_sc, low_m, high = np.split(_bytes(words), 3, axis=1)
-    sc = [low_sc & 63, (high & 15) | ((low_sc >> 2) & 48)]
-    m = [low_m & 63, (high >> 4) | ((low_m >> 2) & 48)]
-    return _joined(np.concatenate(sc, axis=1)), _joined(np.concatenate(m, axis=1))
+    low_sc, low_m, high = np.split(_bytes(words), 3)
+    sc = np.concatenate([low_sc & 63, (high & 15) | ((low_sc >> 2) & 48)])
+    m = np.concatenate([low_m & 63, (high >> 4) | ((low_m >> 2) & 48)])
+    return _of_blocks(sc), _of_blocks(m)
 
 
-def _joined(planes: np.ndarray) -> np.ndarray:
-    """[nb, sub, *rest] -> [nb * sub, *rest]."""
-    return planes.reshape(-1, *planes.shape[2:])
+def _write_nibbles(qs: Words, words: Words) -> None:
+    """128 bytes whose low nibbles are a sub-block and whose high ones the next, as _NIBBLES."""
+    rest = qs.shape[1:]
+    qs, words = qs.reshape(4, 2, 8, *rest), words.reshape(4, 2, 8, *rest)
+    first, second = qs[:, 0], qs[:, 1]
+    np.bitwise_or(_field(first, 0, 15, 0), _field(second, 0, 15, 4), out=words[:, 0])
+    np.bitwise_or(_field(first, 4, 15, 0), _field(second, 4, 15, 4), out=words[:, 1])
 
 
 def _q4_k(v: Words) -> Arrays:
-    v = np.ascontiguousarray(v)
-    sc, m = _six_bit_scales(v[:, :, 2:8])
-    return Arrays(_nibble_words(v[:, :, 8:]), sc, m, _half(v[:, :, 0]), _half(v[:, :, 1]))
+    sc, m = _six_bit_scales(v[2:8])
+    words = np.empty((8, 8, *v.shape[1:]), np.uint16)
+    _write_nibbles(v[8:], words)
+    return Arrays(words.transpose(2, 0, 3, 1, 4), sc, m, _half(v[0]), _half(v[1]))
 
 
 def _q5_k(v: Words) -> Arrays:
-    v = np.ascontiguousarray(v)
-    nb, tiles, _, lanes = v.shape
-    sc, m = _six_bit_scales(v[:, :, 2:8])
-    bits = v[:, :, 8:24].reshape(nb, tiles, 2, 8, lanes)
-    words = np.empty((nb, 8, tiles, 10, lanes), np.uint16)
-    words[:, :, :, 2:] = _nibble_words(v[:, :, 24:]).reshape(nb, 8, tiles, 8, lanes)
+    sc, m = _six_bit_scales(v[2:8])
+    words = np.empty((8, 10, *v.shape[1:]), np.uint16)
+    _write_nibbles(v[24:], words[:, 2:])
+    bits = v[8:24].reshape(2, 8, *v.shape[1:])
     for sub in range(8):
-        of_sub = _pairs(bits, sub, 1)
-        word = of_sub[:, :, :, 0]
+        words[sub, :2] = _field(bits[:, 0], sub, 1, 0)
         for j in range(1, 8):
-            word = word | (of_sub[:, :, :, j] << np.uint16(j))
-        words[:, sub, :, :2] = word
-    return Arrays(_joined(words), sc, m, _half(v[:, :, 0]), _half(v[:, :, 1]))
+            words[sub, :2] |= _field(bits[:, j], sub, 1, j)
+    return Arrays(words.transpose(2, 0, 3, 1, 4), sc, m, _half(v[0]), _half(v[1]))
 
 
 def _q2_k(v: Words) -> Arrays:
-    v = np.ascontiguousarray(v)
-    nb, tiles, _, lanes = v.shape
-    scales = _bytes(v[:, :, :8])
-    qs = v[:, :, 8:40].reshape(nb, tiles, 2, 2, 2, 4, lanes)  # half, sixteen, word, pair
-    words = np.empty((nb, 2, 4, 2, tiles, 2, lanes), np.uint16)
+    scales = _bytes(v[:8])
+    qs = v[8:40].reshape(2, 2, 2, 4, *v.shape[1:])  # half, sixteen, word, pair
+    words = np.empty((2, 4, 2, 2, *v.shape[1:]), np.uint16)
     for plane in range(4):
-        pairs = _pairs(qs, 2 * plane, 3)
-        word = pairs[..., 0, :]
+        words[:, plane] = _field(qs[:, :, :, 0], 2 * plane, 3, 0)
         for j in range(1, 4):
-            word = word | (pairs[..., j, :] << np.uint16(2 * j))
-        words[:, :, plane] = word.transpose(0, 2, 3, 1, 4, 5)
-    halves = _half(v[:, :, 40]), _half(v[:, :, 41])
+            words[:, plane] |= _field(qs[:, :, :, j], 2 * plane, 3, 2 * j)
     return Arrays(
-        words.reshape(nb * 16, tiles, 2, lanes), _joined(scales & 15), _joined(scales >> 4), *halves
+        words.transpose(4, 0, 1, 2, 5, 3, 6),
+        _of_blocks(scales & 15),
+        _of_blocks(scales >> 4),
+        _half(v[40]),
+        _half(v[41]),
     )
 
 
 def _q3_k(v: Words) -> Arrays:
-    v = np.ascontiguousarray(v)
-    nb, tiles, _, lanes = v.shape
-    mask = v[:, :, :16].reshape(nb, tiles, 2, 8, lanes)
-    qs = v[:, :, 16:48].reshape(nb, tiles, 2, 2, 8, lanes)  # half, sixteen, pair
-    words = np.empty((nb, 2, 4, 2, tiles, 3, lanes), np.uint16)
+    mask = v[:16].reshape(2, 8, *v.shape[1:])  # sixteen, pair
+    qs = v[16:48].reshape(2, 2, 8, *v.shape[1:])  # half, sixteen, pair
+    words = np.empty((2, 4, 2, 3, *v.shape[1:]), np.uint16)
     for half in range(2):
         for plane in range(4):
-            pairs = _pairs(qs[:, :, half], 2 * plane, 3) | (
-                _pairs(mask, 4 * half + plane, 1) << np.uint16(2)
-            )
+            pairs = _field(qs[half], 2 * plane, 3, 0) | _field(mask, 4 * half + plane, 1, 2)
             six = (pairs & np.uint16(7)) | ((pairs >> np.uint16(5)) & np.uint16(0x38))
-            twelve = six[:, :, :, 0::2] | (six[:, :, :, 1::2] << np.uint16(6))
+            twelve = six[:, 0::2] | (six[:, 1::2] << np.uint16(6))
+            last = twelve[:, 3]
             for j in range(3):
-                word = twelve[:, :, :, j] | (
-                    (twelve[:, :, :, 3] >> np.uint16(4 * j)) << np.uint16(12)
-                )
-                words[:, half, plane, :, :, j] = word.swapaxes(1, 2)
-    scales = _bytes(v[:, :, 48:54])
-    low, high = scales[:, :8], scales[:, 8:]
-    low = np.concatenate([low & 15, low >> 4], axis=1)
-    high = np.concatenate([(high >> s) & 3 for s in (0, 2, 4, 6)], axis=1)
+                extra = (last >> np.uint16(4 * j)) << np.uint16(12)
+                np.bitwise_or(twelve[:, j], extra, out=words[half, plane, :, j])
+    low, high = np.split(_bytes(v[48:54]), [8])
+    low = np.concatenate([low & 15, low >> 4])
+    high = np.concatenate([(high >> s) & 3 for s in (0, 2, 4, 6)])
     sc = (low | (high << 4)).astype(np.int8) - np.int8(32)
-    return Arrays(words.reshape(nb * 16, tiles, 3, lanes), _joined(sc), None, _half(v[:, :, 54]))
+    return Arrays(words.transpose(4, 0, 1, 2, 5, 3, 6), _of_blocks(sc), None, _half(v[54]))
 
 
 def _q6_k(v: Words) -> Arrays:
-    v = np.ascontiguousarray(v)
-    nb, tiles, _, lanes = v.shape
-    ql = v[:, :, :64].reshape(nb, tiles, 2, 2, 2, 8, lanes)  # half, 32 bytes, sixteen, pair
-    qh = v[:, :, 64:96].reshape(nb, tiles, 2, 2, 8, lanes)
-    words = np.empty((nb, 2, 4, 2, tiles, 6, lanes), np.uint16)
+    ql = v[:64].reshape(2, 2, 2, 8, *v.shape[1:])  # half, 32 bytes, sixteen, pair
+    qh = v[64:96].reshape(2, 2, 8, *v.shape[1:])  # half, sixteen, pair
+    words = np.empty((4, 6, 2, 2, *v.shape[1:]), np.uint16)  # plane, word, half, sixteen
     for plane in range(4):
-        pairs = _pairs(ql[:, :, :, plane % 2], 4 * (plane // 2), 15) | (
-            _pairs(qh, 2 * plane, 3) << np.uint16(4)
-        )
+        pairs = _field(ql[:, plane % 2], 4 * (plane // 2), 15, 0) | _field(qh, 2 * plane, 3, 4)
         twelve = (pairs & np.uint16(63)) | ((pairs >> np.uint16(2)) & np.uint16(0xFC0))
+        twelve = np.ascontiguousarray(twelve.transpose(2, 0, 1, 3, 4, 5))
         for j in range(6):
-            extra = twelve[..., 6 + j // 3, :] >> np.uint16(4 * (j % 3))
-            word = twelve[..., j, :] | (extra << np.uint16(12))
-            words[:, :, plane, :, :, j] = word.transpose(0, 2, 3, 1, 4)
-    sc = _bytes(v[:, :, 96:104]).view(np.int8)
-    return Arrays(words.reshape(nb * 16, tiles, 6, lanes), _joined(sc), None, _half(v[:, :, 104]))
+            extra = (twelve[6 + j // 3] >> np.uint16(4 * (j % 3))) << np.uint16(12)
+            np.bitwise_or(twelve[j], extra, out=words[plane, j])
+    sc = _of_blocks(_bytes(v[96:104]).view(np.int8))
+    return Arrays(words.transpose(4, 2, 0, 3, 5, 1, 6), sc, None, _half(v[104]))
 
 
 _REORDER: dict[str, Callable[[Words], Arrays]] = {

@@ -72,7 +72,7 @@ class CPUWeight:
     def __repr__(self) -> str:
         try:
             return f"CPUWeight({self.format}, shape={self.shape}, nbytes={self.nbytes})"
-        except (AttributeError, TypeError):  # leaves that are no arrays: inside tree.map
+        except (AttributeError, TypeError, ValueError):  # other leaves, as within tree.map
             return f"CPUWeight({self.format}, {self.words!r})"
 
     def dequantize(self) -> Float32[Array, "*out in"]:

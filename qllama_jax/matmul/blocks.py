@@ -1,0 +1,125 @@
+"""Products with the blocks of a file, in the form that each of XLA's compilers makes most of.
+
+A trace knows no device, so it holds every form, and what is lowered is that of the platform. A
+hand-written kernel is none of these: it is a packing, chosen at load, with a file of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from qllama_jax.matmul import xla
+from qllama_jax.quants import Block
+
+# A GPU takes up to so many rows one by one, all of them in one pass over the weight.
+FEW_ROWS = 8
+
+# Rows of the smallest product that XLA gives a TPU's matrix unit; a smaller one it sums up lane by
+# lane, in a time that grows with the rows.
+MATRIX_UNIT_ROWS = 8
+
+# A TPU has so many numbers side by side: the blocks of a row, where a block has fewer fields.
+LANES = 128
+
+# Values of a dequantized tile there: 16 MiB of float32, which a TPU's vector memory and an H100's
+# cache hold, and which keep them busy. A CPU's is smaller, see `xla.TILE_VALUES`.
+TILE_VALUES = 2**22
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def matmul_blocks(
+    x: Float[Array, "*batch in"], w: Block, first: Int32[Array, ""] | None, count: int
+) -> Float[Array, "*batch out"]:
+    """Compute x @ w.dequantize()[first : first + count].T; first = None: of all rows.
+
+    Differentiable with respect to x alone, as `xla.matmul_rows`.
+    """
+    *batch, width = x.shape
+    rows = x.reshape(-1, width)
+    few = 0 < rows.shape[0] <= FEW_ROWS
+    y = lax.platform_dependent(
+        rows,
+        w,
+        first,
+        cpu=functools.partial(by_tiles, count=count, tile_values=xla.TILE_VALUES),
+        tpu=functools.partial(by_padded_tiles, count=count),
+        default=functools.partial(row_by_row, count=count)
+        if few
+        else functools.partial(by_tiles, count=count, tile_values=TILE_VALUES),
+    )
+    return y.reshape(*batch, count).astype(x.dtype)
+
+
+def _forward(
+    x: Array, w: Block, first: Array | None, count: int
+) -> tuple[Array, tuple[Block, Array | None]]:
+    return matmul_blocks(x, w, first, count), (w, first)
+
+
+def _backward(
+    count: int, residuals: tuple[Block, Array | None], dy: Float[Array, "*batch out"]
+) -> tuple[Array, None, None]:
+    w, first = residuals
+    return xla.pull_back(dy, w, _start(first), count), None, None
+
+
+matmul_blocks.defvjp(_forward, _backward)
+
+
+def _start(first: Array | None) -> Array:
+    return jnp.int32(0) if first is None else first
+
+
+def by_tiles(
+    x: Float[Array, "B in"], w: Block, first: Array | None, count: int, tile_values: int
+) -> Float32[Array, "B out"]:
+    """Multiply a tile of rows at a time."""
+    return xla.by_tiles(x, w, _start(first), count, tile_values=tile_values)
+
+
+def row_by_row(
+    x: Float[Array, "B in"], w: Block, first: Array | None, count: int
+) -> Float32[Array, "B out"]:
+    """Sum w x over a row of w for each row of x, which XLA fuses into one reading of the blocks.
+
+    For a product of matrices its GPU compiler writes the dense weight to memory first, whatever
+    the number of rows, unless they are one.
+    """
+    part = w if first is None else w.slice_rows(first, count)
+    dense = part.dequantize().astype(x.dtype).astype(jnp.float32)
+    return jnp.stack([jnp.sum(dense * row[None], axis=-1) for row in x.astype(jnp.float32)])
+
+
+def by_padded_tiles(
+    x: Float[Array, "B in"], w: Block, first: Array | None, count: int
+) -> Float32[Array, "B out"]:
+    """Multiply a tile of rows at a time on the matrix unit, with rows of zeros where x has few."""
+    B, _ = x.shape
+    padded = jnp.pad(x, ((0, max(0, MATRIX_UNIT_ROWS - B)), (0, 0)))
+    # To take the inner axis in the order in which it lies spares a transposition of the weight.
+    order = functools.partial(_values_first, block_size=w.block_size)
+    order = order if w.block_size < LANES else _as_it_is
+    y = xla.by_tiles(
+        order(padded),
+        w,
+        _start(first),
+        count,
+        tile_values=TILE_VALUES,
+        dequantize=lambda tile: order(tile.dequantize()).T,
+    )
+    return y[:B]
+
+
+def _values_first(rows: Float[Array, "n in"], block_size: int) -> Float[Array, "n in"]:
+    """Return rows of blocks as rows of the blocks' first values, then of their second ones, ..."""
+    n, width = rows.shape
+    return rows.reshape(n, width // block_size, block_size).swapaxes(1, 2).reshape(n, width)
+
+
+def _as_it_is(rows: Float[Array, "n in"]) -> Float[Array, "n in"]:
+    return rows

@@ -1,0 +1,94 @@
+"""What XLA makes of the CPU's kernels: the forms that it vectorizes, of which no result tells.
+
+Each of these conditions, where it did not hold, cost two to a hundred times the speed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QType
+
+import qllama_jax as ql
+from blocks import random_blocks
+from qllama_jax.matmul.cpu import LAYOUTS, pack
+from qllama_jax.matmul.cpu.weight import LANES
+
+IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
+NUMBERS = [name for name in LAYOUTS if not LAYOUTS[name].words]
+# An instruction of a module's text: its type, its sizes, its operation.
+INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
+
+
+@functools.cache
+def kernels(name: str, rows: int) -> list[list[tuple[str, str, str]]]:
+    """The fused loops of `rows` rows of x times a weight, each as its instructions."""
+    w = pack(name, random_blocks(QType[name], (1024, 1024), np.random.default_rng(0)))
+    product = jax.jit(functools.partial(ql.matmul, activations="auto"))
+    text = product.lower(jnp.ones((rows, 1024)), jax.device_put(w)).compile().as_text()
+    assert text is not None
+    return [INSTRUCTION.findall(part) for part in text.split("\n\n") if "%fused" in part[:10]]
+
+
+def with_products(name: str, rows: int, kind: str, count: int) -> list[tuple[str, str, str]]:
+    """The one loop that multiplies so many vectors of lanes."""
+    found = [
+        kernel
+        for kernel in kernels(name, rows)
+        if sum(
+            (dtype, operation) == (kind, "multiply") and sizes.endswith(f",{LANES}")
+            for dtype, sizes, operation in kernel
+        )
+        >= count
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_integer_products_share_their_loop_with_no_wider_lanes(name: str, rows: int):
+    # LLVM makes vectors of as many lanes as the widest type in a loop allows.
+    kernel = with_products(name, rows, "u16", len(LAYOUTS[name].factors.bit))
+    lanes = {dtype for dtype, sizes, _ in kernel if sizes.endswith(f",{LANES}")}
+    assert lanes == {"u16", "s16"}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_integer_products_read_their_words_at_places_that_are_known(name: str, rows: int):
+    # Where a slice begins at a place that is computed, or a gather, XLA's loop is scalar.
+    kernel = with_products(name, rows, "u16", len(LAYOUTS[name].factors.bit))
+    operations = {operation for _, _, operation in kernel}
+    assert not operations & {"dynamic-slice", "gather", "concatenate", "dynamic-update-slice"}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_products_of_numbers_read_them_at_places_that_are_known(name: str):
+    kernel = with_products(name, 1, "f32", 32)
+    operations = {operation for _, _, operation in kernel}
+    assert not operations & {"dynamic-slice", "gather", "concatenate", "dynamic-update-slice"}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_no_loop_copies_the_words_of_a_weight(name: str, rows: int):
+    words = pack(name, np.zeros((1024, row_bytes(name)), np.uint8)).words
+    sizes = ",".join(map(str, words.shape))
+    kinds = {"uint16": "u16", "int8": "s8", "float16": "f16", "bfloat16": "bf16"}
+    copied = [
+        operation
+        for kernel in kernels(name, rows)
+        for dtype, found, operation in kernel
+        if (dtype, found) == (kinds[words.dtype.name], sizes)
+    ]
+    assert set(copied) <= {"parameter", "bitcast"}
+
+
+def row_bytes(name: str) -> int:
+    return random_blocks(QType[name], (1, 1024), np.random.default_rng(0)).shape[-1]
