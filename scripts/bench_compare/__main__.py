@@ -31,10 +31,12 @@ TURNS = {
     "long": rows.long_text,
 }
 FRESH = {"load": rows.load, "memory": rows.memory}
-#: The rows of each model; those that are not named here have their decoding measured.
+#: The rows of each model. Those that are not named have their decoding measured, in two rounds.
 ROWS = {
     "1.1B Q4_0": (*TURNS, *FRESH),
     "1.1B Q4_K_M": ("decode", "int8x2", "prefill", "long", *FRESH),
+    "1.1B Q8_0": ("decode",),
+    "1.1B Q6_K": ("decode",),
     models.SMOLLM2: ("decode", "prefill", "load"),
 }
 #: Where the slower engines are measured too.
@@ -84,10 +86,12 @@ def measure(args: argparse.Namespace, results: Results) -> None:
             }
             wanted = [row for row in ROWS.get(name, ("decode",)) if row in args.rows]
             fast = [engine for engine in chosen if engine.name not in (CANDLE, MISTRALRS)]
+            fresh = [engine for engine in chosen if engine.name in (OURS, LLAMA_CPP)]
             sides = chosen if name in WITH_CANDLE else fast
+            rounds = args.rounds if name in ROWS else min(args.rounds, 2)
             tasks = [TURNS[row] for row in wanted if row in TURNS]
-            parts = [rows.by_turns(model, sides, tasks, args.rounds, log)] if tasks else []
-            parts += [FRESH[row](model, fast, args.rounds, log) for row in wanted if row in FRESH]
+            parts = [rows.by_turns(model, sides, tasks, rounds, log)] if tasks else []
+            parts += [FRESH[row](model, fresh, rounds, log) for row in wanted if row in FRESH]
             for part in parts:
                 for engine, values in part:
                     for row, value in values.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 BYTES = 2**29  # more than any cache holds
+PIECE = 2**22
 
 
 def name() -> str:
@@ -20,7 +21,7 @@ def name() -> str:
     found = {key.strip(): value.strip() for key, value in fields.items()}
     model = found.get("model name", platform.processor())
     family = f"family {found['cpu family']} model {found['model']}" if "cpu family" in found else ""
-    return f"{os.cpu_count()} cores of {model} ({family}), Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of {model} ({family})"
 
 
 def memory_bandwidth() -> float:
@@ -29,17 +30,16 @@ def memory_bandwidth() -> float:
     A dot product of a vector with itself reads each number once and does little else.
     """
     cores = os.cpu_count() or 1
-    parts = np.split(np.ones(BYTES // 4 // cores * cores, np.float32), cores)
+    pieces = np.ones((BYTES // PIECE, PIECE // 4), np.float32)
     seconds = []
     with ThreadPoolExecutor(cores) as threads:
         for _ in range(10):
             began = time.perf_counter()
-            # A piece at a time, below the size at which BLAS itself would use all cores.
-            list(threads.map(_read, parts))
+            list(threads.map(_read, np.array_split(pieces, cores)))
             seconds.append(time.perf_counter() - began)
-    return sum(part.nbytes for part in parts) / min(seconds)
+    return pieces.nbytes / min(seconds)
 
 
-def _read(part: np.ndarray) -> None:
-    for piece in part.reshape(-1, 2**13) if part.size % 2**13 == 0 else [part]:
+def _read(pieces: np.ndarray) -> None:
+    for piece in pieces:
         np.dot(piece, piece)

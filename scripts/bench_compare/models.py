@@ -34,7 +34,7 @@ MIXTRAL: dict[str, Any] = TINY_LLAMA | {
     "experts_used": 2,
 }
 FORMATS = ("Q4_0", "Q4_K_M", "Q8_0", "Q6_K", "Q5_0", "Q5_1", "Q5_K", "Q3_K", "F16", "BF16", "Q2_K")
-SMOLLM2, MIXTURE = "SmolLM2-135M Q4_1", "Mixtral's shape Q4_0"
+SMOLLM2, MIXTURE = "SmolLM2-135M Q4_1", "Mixtral Q4_0"
 NAMES = (*(f"1.1B {name}" for name in FORMATS), SMOLLM2, MIXTURE)
 
 

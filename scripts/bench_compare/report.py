@@ -67,20 +67,19 @@ def prompts(results: Results) -> str:
 
 def long_and_batch(results: Results) -> str:
     """Decoding with many positions filled beside few, and of many rows beside one."""
+    pairs = {
+        "2048 positions filled beside 64": ("decode at 2048", "decode at 64"),
+        "4 rows beside one": ("batch of 4", "batch of 1"),
+        "8 rows beside one": ("batch of 8", "batch of 1"),
+    }
     lines = []
     for model, rows in results.rows.items():
-        for row, base in (
-            ("decode at 2048", "decode at 64"),
-            ("batch of 4", "batch of 1"),
-            ("batch of 8", "batch of 1"),
-        ):
-            many, few = rows.get(row, {}), rows.get(base, {})
+        for name, (many, few) in pairs.items():
             for engine in (OURS, LLAMA_CPP):
-                a, b = median(many, engine), median(few, engine)
+                a, b = median(rows.get(many, {}), engine), median(rows.get(few, {}), engine)
                 if a is not None and b is not None:
-                    lines.append([model, engine, f"{row} to {base.split()[-1]}", number(b)])
-                    lines[-1] += [number(a), f"{a / b:.2f}"]
-    return table("tokens/s | engine | | of the latter | of the former | ratio", lines)
+                    lines.append([model, name, engine, number(b), number(a), f"{a / b:.2f}"])
+    return table("tokens/s | | engine | few | many | ratio", lines)
 
 
 def starting(results: Results) -> str:
@@ -138,9 +137,9 @@ def table(head: str, lines: Sequence[Sequence[str]]) -> str:
     """Markdown; nothing where there are no lines."""
     if not lines:
         return ""
-    rule = "|".join("---" for _ in lines[0])
-    body = [" | ".join(line) for line in lines]
-    return "\n".join(f"| {line} |" for line in (head, rule, *body))
+    rule = "|".join(["", *("---" for _ in lines[0]), ""])
+    body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"| {head} |", rule, *body])
 
 
 def plot(results: Results) -> None:
@@ -179,6 +178,6 @@ def plot(results: Results) -> None:
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{row}, tokens a second; llama.cpp = 1", fontsize="medium")
     if found["decode"]:
-        axes[0].legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(results.path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)

@@ -42,7 +42,7 @@ class Results:
         if (model, row) not in self._begun:
             self._begun.add((model, row))
             rounds.clear()
-        rounds.setdefault(engine, []).append(value)
+        rounds.setdefault(engine, []).append(float(f"{value:.5g}"))
         self.save()
 
     def save(self) -> None:
@@ -59,8 +59,8 @@ def _short_lists(text: str) -> str:
     inside = False
     for line in text.splitlines():
         if inside:
-            lines[-1] += line.strip() + (" " if line.endswith(",") else "")
             inside = not line.strip().startswith("]")
+            lines[-1] += line.strip() + (" " if inside and line.endswith(",") else "")
         else:
             lines.append(line)
             inside = line.endswith("[")

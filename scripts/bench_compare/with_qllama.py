@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ empty: list[int] = []
 
 def versions() -> str:
     """What the figures are of."""
-    return f"jax {jax.__version__}"
+    return f"jax {jax.__version__} on Python {platform.python_version()}"
 
 
 def keep_compiled(folder: str) -> None:
