@@ -119,7 +119,8 @@ def _check_fits(what: str, like: Any, a_position: int, max_length: int) -> None:
     if _is_traced(like):
         return
     mesh = like.sharding.mesh if isinstance(like.sharding, NamedSharding) else None
-    check_fits(what, lambda n: Needs(cache=a_position * n), max_length, "max_length", mesh)
+    devices = mesh if isinstance(mesh, Mesh) else None
+    check_fits(what, lambda n: Needs(cache=a_position * n), max_length, "max_length", devices)
 
 
 def _device_nbytes(x: Any) -> int:

@@ -1,30 +1,54 @@
-"""Compile outside of the main thread, so that Ctrl-C need not wait for XLA."""
+"""Compile in other threads: programs compile together, and Ctrl-C need not wait for XLA."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
+
+# Kinds of programs that are compiled, by the model that they were compiled for.
+_compiled: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
-def compile_ahead(function: Any, *arguments: Any, **static: Any) -> None:
-    """Compile what calling the jitted function with these arguments would compile.
+class Program(NamedTuple):
+    """A call of a jitted function; of arrays among the arguments, shapes and types will do."""
 
-    The call then finds it compiled. A model's decoding loop takes XLA seconds, in which a thread
-    hears no signal; the one that waits here does. After a KeyboardInterrupt the compilation goes on
-    unseen to its end, and is there for the next call.
+    function: Any
+    arguments: tuple[Any, ...]
+    static: dict[str, Any]
+
+
+def compile_once(model: Any, kind: Hashable, programs: Callable[[], Iterable[Program]]) -> None:
+    """Compile a model's programs unless those of this kind are; to ask JAX takes 10 ms."""
+    kinds = _compiled.setdefault(model, set())
+    if kind not in kinds:
+        compile_ahead(programs())
+        kinds.add(kind)
+
+
+def compile_ahead(programs: Iterable[Program]) -> None:
+    """Compile what the calls would compile, which then find it compiled; a thread for each.
+
+    A layer or a decoding loop takes XLA seconds, most of them on one core, in which a thread hears
+    no signal; the one that waits here does. After a KeyboardInterrupt the compilations go on unseen
+    to their end, and are there for the next call.
     """
-    lowered = function.lower(*arguments, **static)
-    done = threading.Event()
+    running = []
+    for function, arguments, static in programs:
+        lowered, done = function.lower(*arguments, **static), threading.Event()
+        # No daemon: to tear the interpreter down under a compilation would crash.
+        threading.Thread(target=_compile, args=(lowered, done), name="compile_ahead").start()
+        running.append(done)
+    for done in running:
+        while not done.wait(0.1):  # Windows interrupts no wait: there Ctrl-C is heard after it
+            pass
 
-    def compile() -> None:
-        try:
-            with contextlib.suppress(Exception):  # the call itself will raise it
-                lowered.compile()
-        finally:
-            done.set()
 
-    # No daemon: to tear the interpreter down under a compilation would crash.
-    threading.Thread(target=compile, name="compile_ahead").start()
-    while not done.wait(0.1):  # Windows interrupts no wait: there Ctrl-C is heard after it
-        pass
+def _compile(lowered: Any, done: threading.Event) -> None:
+    try:
+        with contextlib.suppress(Exception):  # the call itself will raise it
+            lowered.compile()
+    finally:
+        done.set()

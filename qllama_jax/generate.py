@@ -162,7 +162,9 @@ def stream(
 ) -> Iterator[Piece]:
     """Yield the tokens of `generate` for one prompt as they come, each with its text.
 
-    Arguments and errors as in `generate`; the errors of arguments are raised at the call.
+    Arguments and errors as in `generate`; the errors of arguments are raised at the call. One
+    thread at a time may ask for the next piece: another gets Python's ValueError, and no token is
+    lost.
     """
     prompts, is_batch = read_prompts(model, prompt)
     if is_batch:

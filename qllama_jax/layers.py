@@ -5,6 +5,8 @@ Dimensions: B rows, T positions, D model.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from qllama_jax.matmul import Activations, matmul
 from qllama_jax.params import DenseBlock, Linear
 
 
+@functools.partial(jax.jit, static_argnames="activations")
 def linear(
     x: Float[Array, "B T in"], layer: Linear, activations: Activations
 ) -> Float[Array, "B T out"]:

@@ -8,6 +8,7 @@ all. The results are those of `prefill`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
 from qllama_jax.cache import KVCache
+from qllama_jax.compiling import Program
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import last_logits
 from qllama_jax.matmul import Activations
@@ -41,6 +43,35 @@ def _leave(params: Params, x: Array, entry: Entry, lengths: Array, **static: Any
 
 
 _logits = jax.jit(_leave, static_argnames=("config", "activations"))
+
+
+def programs(
+    params: Params,
+    tokens: Int32[Array | np.ndarray | jax.ShapeDtypeStruct, "B T"],
+    lengths: Int32[Array | np.ndarray | jax.ShapeDtypeStruct, " B"],
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    activations: Activations,
+    dtype: DTypeLike = jnp.float32,
+) -> Iterator[Program]:
+    """Yield what `prefill` of such arrays compiles, what takes longest first."""
+    ends = dataclasses.replace(params, blk=())
+    static = {"config": config, "activations": activations}
+    entering = Program(
+        _enter,
+        (ends, tokens, cache.lengths, lengths),
+        {"config": config, "max_length": cache.max_length, "dtype": dtype},
+    )
+    x, entry = _enter.eval_shape(*entering.arguments, **entering.static)
+    kinds: dict[Any, Program] = {}
+    for block, k, v in zip(params.blk, cache.k, cache.v, strict=True):
+        leaves, structure = jax.tree.flatten(block)
+        kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        kinds.setdefault(kind, Program(_layer, (block, x, k, v, entry), static))
+    yield from kinds.values()
+    yield Program(_logits, (ends, x, entry, lengths), static)
+    yield entering
 
 
 def prefill(

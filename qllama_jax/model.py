@@ -59,7 +59,8 @@ def forward(
 
     Args:
         params: the weights.
-        tokens: ids, `int32[B, T]`, rows right-padded with anything.
+        tokens: ids, `int32[B, T]`, rows right-padded with anything. (Of numpy's int64 JAX takes the
+            lower half, unsaid, before this function sees it.)
         cache: what came before, `cache.lengths[b]` positions of row b; the tokens follow there.
         config: what the file says (static).
         lengths: `int32[B]`, tokens of each row that count; None: all T.

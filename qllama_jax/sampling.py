@@ -57,22 +57,26 @@ class Sampling:
         logit_bias becomes float32 `[B, V]`, or `[B, 1]` of a number.
         """
 
-        def row(value: Leaf, dtype: DTypeLike = jnp.float32) -> Array:
-            return jnp.broadcast_to(jnp.asarray(value, dtype), (batch_size,))
+        # Numpy compiles nothing: these would be programs before the first token.
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self))
+        xp = jnp if traced else np
 
-        bias = jnp.asarray(self.logit_bias, jnp.float32)
+        def row(value: Leaf, dtype: DTypeLike = np.float32) -> Array | np.ndarray:
+            return xp.broadcast_to(xp.asarray(value, dtype), (batch_size,))
+
+        bias = xp.asarray(self.logit_bias, np.float32)
         columns = bias.shape[-1] if bias.ndim else 1
         return Sampling(
             temperature=row(self.temperature),
-            top_k=row(self.top_k, jnp.int32),
+            top_k=row(self.top_k, np.int32),
             top_p=row(self.top_p),
             min_p=row(self.min_p),
             repeat_penalty=row(self.repeat_penalty),
             presence_penalty=row(self.presence_penalty),
             frequency_penalty=row(self.frequency_penalty),
-            penalty_last_n=row(self.penalty_last_n, jnp.int32),
+            penalty_last_n=row(self.penalty_last_n, np.int32),
             typical_p=row(self.typical_p),
-            logit_bias=jnp.broadcast_to(bias, (batch_size, columns)),
+            logit_bias=xp.broadcast_to(bias, (batch_size, columns)),
         )
 
 

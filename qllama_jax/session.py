@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jax.typing import DTypeLike
 
 from qllama_jax import decoding, layerwise
 from qllama_jax.cache import KVCache, init_cache, resize_cache
-from qllama_jax.compiling import compile_ahead
+from qllama_jax.compiling import Program, compile_once
 from qllama_jax.decoding import Chosen, DecodeState, Finish
 from qllama_jax.errors import ContextOverflowError, NumericalError
 from qllama_jax.load import Model
@@ -48,8 +47,6 @@ _decode = jax.jit(
     donate_argnames="state",
 )
 _resize = jax.jit(resize_cache, static_argnames="max_length")
-# Kinds of decoding loops that are compiled, by the model that they were compiled for.
-_compiled: weakref.WeakKeyDictionary[Model, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -128,7 +125,8 @@ class Session:
         self.max_new_tokens = max_new_tokens
         self.stop_tokens = np.asarray(sorted(stop_tokens), np.int32)
         sampling, self.penalty_window = with_window(sampling, longest + max_new_tokens)
-        self.sampling = sampling.per_row(len(prompts))
+        self.sampling = jax.device_put(sampling.per_row(len(prompts)))
+        self.recent = self._recent()
         self.activations: Activations = activations
         self.stats = Stats(prompt_tokens=sum(map(len, prompts)))
         self._progress = progress
@@ -148,7 +146,7 @@ class Session:
         """
         began = time.perf_counter()
         logits, cache = self._prefill()
-        arguments = logits, cache, self._recent(), self.keys, self.sampling, self.stop_tokens
+        arguments = logits, cache, self.recent, self.keys, self.sampling, self.stop_tokens
         state, first = _start(*arguments, top_logprobs=self.top_logprobs)
         chosen = jax.tree.map(lambda column: np.asarray(column)[:, None], first)
         before = np.zeros(len(self.prompts), np.int32)
@@ -177,13 +175,9 @@ class Session:
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
             arguments = self.model.params, state, self.sampling, self.stop_tokens, np.int32(limit)
-            # What a loop is compiled for, besides the model. To ask JAX takes 10 ms a generation.
-            compiled = _compiled.setdefault(self.model, set())
-            shapes = jax.tree.map(jnp.shape, (state.recent, self.sampling, self.stop_tokens))
-            kind = (str(shapes), state.cache.max_length, *static.values())
-            if kind not in compiled:
-                compile_ahead(_decode, *arguments, **static)
-                compiled.add(kind)
+            loop = Program(_decode, arguments, static)
+            kind = ("decode", self._shapes(), state.cache.max_length, *static.values())
+            compile_once(self.model, kind, lambda loop=loop: [loop])
             state, chosen, ran = _decode(*arguments, **static)
             count = int(ran)
             chosen, before = jax.tree.map(np.asarray, chosen), after
@@ -204,6 +198,7 @@ class Session:
         width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
         mesh = self.model.params.partitioning
         cache = init_cache(self.model.config, len(self.prompts), width, self.dtype, mesh=mesh)
+        last_room = power_of_two(-(-longest // width) * width, width)
         total, logits = int(lengths.sum()), None
         progress = self._progress if longest > width else None
         if progress is not None:
@@ -217,20 +212,40 @@ class Session:
             room = power_of_two(begin + width, width)
             if cache.max_length < room:
                 cache = _resize(cache, max_length=room)
-            new, cache = layerwise.prefill(
-                self.model.params,
-                tokens,
-                counts,
-                cache,
-                config=self.model.config,
-                activations=self.activations,
-                dtype=self.dtype,
-            )
+            arguments = self.model.params, tokens, counts, cache
+            static = {
+                "config": self.model.config,
+                "activations": self.activations,
+                "dtype": self.dtype,
+            }
+            if mesh is None:  # else shapes do not tell how what lies between is cut
+                self._compile_prefill(arguments, static, last_room)
+            new, cache = layerwise.prefill(*arguments, **static)
             logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
             if progress is not None:
                 progress(int(np.minimum(lengths, begin + width).sum()), total)
         assert logits is not None
         return logits, cache
+
+    def _compile_prefill(self, arguments: tuple, static: dict[str, Any], last_room: int) -> None:
+        """Compile a prefill, and beside it the choice of the first token: its shapes are known."""
+        _, tokens, _, cache = arguments
+        config = self.model.config
+
+        def programs() -> Iterator[Program]:
+            yield from layerwise.programs(*arguments, **static)
+            B, _ = tokens.shape
+            logits = jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32)
+            filled = jax.eval_shape(lambda: init_cache(config, B, last_room, self.dtype))
+            start = logits, filled, self.recent, self.keys, self.sampling, self.stop_tokens
+            yield Program(_start, start, {"top_logprobs": self.top_logprobs})
+
+        kind = ("prefill", tokens.shape, cache.max_length, last_room, self.top_logprobs)
+        compile_once(self.model, (*kind, self._shapes(), *static.values()), programs)
+
+    def _shapes(self) -> str:
+        """What programs are compiled for besides the model, the rows and the cache."""
+        return str(jax.tree.map(jnp.shape, (self.recent, self.sampling, self.stop_tokens)))
 
     def _recent(self) -> np.ndarray:
         """`recent_tokens` of the prompts, in numpy: that would compile for every length anew."""

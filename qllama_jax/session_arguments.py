@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32, Key, UInt32
 
-from qllama_jax.decoding import row_keys
 from qllama_jax.penalties import PENALTY_WINDOW
 from qllama_jax.sampling import Sampling
 
@@ -28,13 +28,24 @@ def keys_of(seed: int | Sequence[int] | np.ndarray | jax.Array, batch_size: int)
         if seed.ndim > 1:
             raise ValueError(f"seed: expected one, or one a row, found shape {seed.shape}")
     if isinstance(seed, str | bytes) or not isinstance(seed, Sequence | np.ndarray):
-        return row_keys(jax.random.key(whole("seed", seed, 0, LAST_SEED)), batch_size)
-    if isinstance(seed, np.ndarray) and seed.ndim == 0:
-        return row_keys(jax.random.key(whole("seed", seed[()], 0, LAST_SEED)), batch_size)
-    seeds = [whole(f"seed[{row}]", value, 0, LAST_SEED) for row, value in enumerate(seed)]
+        seeds, rows = [whole("seed", seed, 0, LAST_SEED)] * batch_size, range(batch_size)
+    elif isinstance(seed, np.ndarray) and seed.ndim == 0:
+        seeds, rows = [whole("seed", seed[()], 0, LAST_SEED)] * batch_size, range(batch_size)
+    else:
+        seeds = [whole(f"seed[{row}]", value, 0, LAST_SEED) for row, value in enumerate(seed)]
+        rows = [0] * batch_size
     if len(seeds) != batch_size:
         raise ValueError(f"seed: {len(seeds)} seeds for {batch_size} rows")
-    return jnp.concatenate([row_keys(jax.random.key(value), 1) for value in seeds])
+    kind = jax.config.jax_default_prng_impl  # pyright: ignore[reportAttributeAccessIssue]
+    return _keys(np.asarray(seeds, np.uint32), np.asarray(rows, np.int32), kind=kind)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _keys(seeds: UInt32[Array, " B"], rows: Int32[Array, " B"], *, kind: str) -> Key[Array, " B"]:
+    """fold_in(key(seed), row) of each pair, in one program; as calls they would be several."""
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed, impl=kind), row))(
+        seeds, rows
+    )
 
 
 def with_window(sampling: Sampling, most_tokens: int) -> tuple[Sampling, int]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qllama_jax as ql
+from qllama_jax.attention import KEY_BLOCK, STEP_KEY_BLOCK
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import prefill
 from qllama_jax.matmul import blocks, xla
@@ -74,7 +75,9 @@ def weight_sizes(case: Case, program: str) -> set[int]:
     matrices = list(local_matrices(case.params))
     tokens = case.batch * (1 if program == "decode" else case.prompt)
     others = {tokens * n for dims in matrices for n in dims}  # activations
-    others |= {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(case.cache)}
+    cached = {math.prod(x.sharding.shard_shape(x.shape)) for x in case.cache.k}
+    blocks_of_keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK)
+    others |= {size // case.context * keys for size in cached for keys in blocks_of_keys}
     for tile_values in (xla.TILE_VALUES, blocks.TILE_VALUES):
         others |= {
             n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices

@@ -19,7 +19,7 @@ import pytest
 
 import qllama_jax as ql
 from qllama_jax import layerwise, session
-from qllama_jax.compiling import compile_ahead
+from qllama_jax.compiling import Program, compile_ahead
 
 PROMPT = np.arange(1, 101, dtype=np.int32)
 
@@ -147,7 +147,7 @@ def test_an_interrupt_is_heard_while_another_thread_compiles():
 
     function = SimpleNamespace(lower=lambda *_, **__: Lowered())
     with pytest.raises(KeyboardInterrupt):
-        compile_ahead(function, 1)
+        compile_ahead([Program(function, (1,), {})])
     caught.set()
     for thread in threading.enumerate():
         if thread.name == "compile_ahead":
@@ -171,10 +171,10 @@ def test_what_is_compiled_ahead_is_traced_and_compiled_once():
     x = jnp.ones((7,))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        compile_ahead(function, x)
+        compile_ahead([Program(function, (x,), {})])
         assert len(compiled) == len(traced) == 1
         function(x)
-        compile_ahead(function, x)
+        compile_ahead([Program(function, (x,), {})])
         assert len(compiled) == len(traced) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -185,7 +185,7 @@ def test_what_cannot_be_compiled_is_the_calls_error():
         def compile(self) -> None:
             raise RuntimeError("out of memory")
 
-    compile_ahead(SimpleNamespace(lower=lambda: Lowered()))
+    compile_ahead([Program(SimpleNamespace(lower=lambda: Lowered()), (), {})])
 
 
 def test_progress_rises_to_all_prompt_tokens_in_one_step_a_chunk(
