@@ -72,6 +72,8 @@ def init_cache(
     _check_positions(max_length)
     B, K, S, H = batch_size, config.num_kv_heads, max_length, config.head_dim
     layers = range(config.num_layers)
+    if not isinstance(mesh, Mesh | Partitioning | None):
+        raise TypeError(f"mesh={mesh!r}: expected a jax.sharding.Mesh or a model's partitioning")
     partitioning = Partitioning.of(mesh) if isinstance(mesh, Mesh) else mesh
     over, whole = None, None
     if partitioning is not None:

@@ -70,6 +70,8 @@ class Model:
     @cached_property
     def device_nbytes(self) -> int:
         """Bytes of the weights on one device; all of them where there is no mesh."""
+        if self.mesh is None:
+            return self.nbytes
         leaves = jax.tree.leaves(self.params)
         shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
         return sum(
@@ -132,6 +134,10 @@ def load(
         raise ValueError(f"layout={layout!r}: expected one of {get_args(Layout)}")
     if uneven not in get_args(Uneven):
         raise ValueError(f"uneven={uneven!r}: expected one of {get_args(Uneven)}")
+    if mesh is None and rules is not None:
+        raise ValueError("load: rules, but no mesh for them")
+    if not isinstance(mesh, Mesh | None):
+        raise TypeError(f"mesh={mesh!r}: expected a jax.sharding.Mesh, as jax.make_mesh makes it")
     file = read_model_file(path, gqa=gqa)
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[1] if embedding is not None and len(embedding.shape) == 2 else None
@@ -156,14 +162,14 @@ def _check_fits(
     if max(widths) > largest or c.num_layers > len(file.tensors):
         return  # no tensor is so large: that will be refused as what it is
     partitioning = None if plan is None else plan.partitioning
-    # While a tensor is packed it is there twice.
-    packed_twice = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
-    if plan is not None:  # a part of it is
-        packed_twice //= plan.partitioning.mesh.size
+    # What is not packed, or lies on a mesh, is there twice for a time: as read and as blocks.
+    twice = max((tensor.nbytes for tensor in file.tensors.values()), default=0)
+    if plan is not None:
+        twice //= plan.partitioning.mesh.size
     needs = Needs(
         weights=weight_bytes(file, layout) if plan is None else plan.device_bytes,
         cache=cache_bytes(config, 1, SMALLEST_CACHE, partitioning=partitioning),
-        workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), packed_twice),
+        workspace=max(workspace_bytes(config, 1, SMALLEST_CACHE), twice),
     )
     what = f"{file.path}: a context of {SMALLEST_CACHE}"
     mesh = None if partitioning is None else partitioning.mesh

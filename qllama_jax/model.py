@@ -326,8 +326,12 @@ def _any_outside_vocabulary(
 
 def check_dtype(dtype: DTypeLike) -> None:
     """Raise ValueError unless activations may be of this dtype."""
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"dtype={jnp.dtype(dtype).name}: expected float32 or bfloat16")
+    try:
+        known = jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype={dtype!r}: expected float32 or bfloat16")
 
 
 def _check_sites(config: ModelConfig, capture: Sequence[str]) -> None:

@@ -180,7 +180,7 @@ class _Tile(NamedTuple):
 def _tile(groups: _Groups, i: Int32[Array, ""], size: int) -> _Tile:
     """Return the i-th tile, all tiles of expert 0 first; past the last one it is empty."""
     E = groups.counts.size
-    expert = jnp.minimum(jnp.sum((groups.tile_ends <= i).astype(jnp.int32)), E - 1)
+    expert = jnp.minimum(jnp.sum(groups.tile_ends <= i, dtype=jnp.int32), E - 1)
     first = groups.ends[expert] - groups.counts[expert]
     within = (i - (groups.tile_ends[expert] - groups.tiles[expert])) * size
     slots = first + within + np.arange(size, dtype=np.int32)

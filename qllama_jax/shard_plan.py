@@ -21,6 +21,7 @@ Uneven = Literal["refuse", "replicate"]
 
 _NAME = re.compile(r"(blk\.\d+\.)?(\w+)(?:\.(\d+))?\.weight")
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_STACKS = ("ffn_gate_inp", *_EXPERTS)  # whose first axis is that of the experts
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,24 @@ def _weights(file: GGUFFile, config: ModelConfig) -> Iterator[_Weight]:
     """Yield the weights that the tensors hold; what is none of the model's is refused later."""
     for name, tensor in file.tensors.items():
         match = _NAME.fullmatch(name)
-        if match is None or len(tensor.shape) < 2:
+        if match is None:
             continue
         prefix, stem, expert = match[1] or "", match[2], match[3]
-        if stem == "attn_qkv":
+        if stem == "attn_qkv" and len(tensor.shape) == 2:
             for part, out in _fused(config):
-                nbytes = tensor.nbytes * out // max(tensor.shape[1], 1)
+                nbytes = tensor.nbytes * out // tensor.shape[1]
                 yield _weight(f"{prefix}{part}.weight", tensor, (out,), nbytes)
         elif expert is not None:
             if expert == "0" and f"{stem}_exps" in WEIGHT_AXES:
-                yield _separate(file, prefix, stem, config.num_experts)
+                yield from _separate(file, prefix, stem, config.num_experts)
         elif stem in WEIGHT_AXES:
             out = tensor.shape[:0:-1]
-            lead = (1,) * (len(WEIGHT_AXES[stem]) - 1 - len(out))  # of a stack of one
-            yield _weight(name, tensor, (*lead, *out), tensor.nbytes)
+            missing = len(WEIGHT_AXES[stem]) - len(tensor.shape)
+            if missing == 1 and config.num_experts == 1 and stem in _STACKS:
+                out = (1, *out)  # a stack of one, as ggml writes its shape
+            elif missing:
+                continue
+            yield _weight(name, tensor, out, tensor.nbytes)
 
 
 def _vectors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, int]]:
@@ -128,15 +133,17 @@ def _weight(name: str, tensor: GGUFTensor, out: tuple[int, ...], nbytes: int) ->
     return _Weight(name, (*out, tensor.shape[0] // block), block, nbytes, together)
 
 
-def _separate(file: GGUFFile, prefix: str, stem: str, experts: int) -> _Weight:
-    """Return the weight of experts that are a tensor each; of several formats, it has one part."""
+def _separate(file: GGUFFile, prefix: str, stem: str, experts: int) -> Iterator[_Weight]:
+    """Yield the weight of experts that are a tensor each; of several formats, it has one part."""
     tensors = [file.tensors.get(f"{prefix}{stem}.{e}.weight") for e in range(experts)]
-    found = [tensor for tensor in tensors if tensor is not None]
+    found = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 2]
+    if not found:
+        return
     # The largest blocks decide, where experts differ in format.
     largest = max(found, key=lambda tensor: BLOCK_SIZES[tensor.qtype][0])
     count = len(found) if len({tensor.qtype for tensor in found}) == 1 else 1
     name, nbytes = f"{prefix}{stem}_exps.weight", sum(tensor.nbytes for tensor in found)
-    return _weight(name, largest, (count, *largest.shape[:0:-1]), nbytes)
+    yield _weight(name, largest, (count, *largest.shape[:0:-1]), nbytes)
 
 
 def _wanted(name: str, partitioning: Partitioning) -> Iterator[tuple[str | None, MeshAxes]]:

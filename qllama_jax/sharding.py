@@ -64,9 +64,12 @@ class Partitioning:
         """Return the default rules with `rules` in place of those of the same names.
 
         Raises:
-            ValueError: a rule of an unknown logical axis, or for an axis that the mesh lacks; an
-                axis of the mesh of more than one device that no rule names.
+            TypeError: `rules` is no mapping.
+            ValueError: a rule of an unknown logical axis, for what is no axis of the mesh, or for
+                one twice; an axis of the mesh of more than one device that no rule names.
         """
+        if not isinstance(rules, Mapping | None):
+            raise TypeError(f"rules={rules!r}: expected {{logical axis: mesh axis, several, None}}")
         given = dict(rules or {})
         if unknown := sorted(set(given) - set(DEFAULT_RULES)):
             raise ValueError(
@@ -74,8 +77,13 @@ class Partitioning:
             )
         chosen: dict[str, MeshAxes] = {}
         for name, default in DEFAULT_RULES.items():
-            axes = given.get(name, default)
-            axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+            found = given.get(name, default)
+            axes = () if found is None else (found,) if isinstance(found, str) else found
+            if not isinstance(axes, Sequence) or len(set(axes)) != len(axes):
+                raise ValueError(
+                    f"rules: {name!r} goes over {found!r}; expected names of mesh axes, each once"
+                )
+            axes = tuple(axes)
             absent = [axis for axis in axes if axis not in mesh.axis_names]
             if absent and name in given:
                 raise ValueError(

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -82,24 +83,27 @@ def deletions(source: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.If) and refuses(node.body[-1]):
             for test in weaker(node.test):
                 changed = copy.deepcopy(tree)
-                list_of(changed, index, ast.If).test = test
+                node_at(changed, index, ast.If).test = test
                 yield (
                     ast.unparse(ast.fix_missing_locations(changed)),
                     (f"{place}if {ast.unparse(node.test)}  ->  if {ast.unparse(test)}"),
                 )
         elif isinstance(node, ast.Expr) and refuses(node) and "fail" not in ast.unparse(node):
             changed = copy.deepcopy(tree)
-            list_of(changed, index, ast.Expr).value = ast.Constant(None)
+            node_at(changed, index, ast.Expr).value = ast.Constant(None)
             yield ast.unparse(changed), place + ast.unparse(node)
         elif isinstance(node, ast.Call):
             for keyword in [k.arg for k in node.keywords if k.arg in ("lo", "hi")]:
                 changed = copy.deepcopy(tree)
-                call = list_of(changed, index, ast.Call)
+                call = node_at(changed, index, ast.Call)
                 call.keywords = [k for k in call.keywords if k.arg != keyword]
                 yield ast.unparse(changed), f"{place}{keyword}= of {ast.unparse(node)}"
 
 
-def list_of(tree: ast.AST, index: int, kind: type) -> ast.AST:
+Node = TypeVar("Node", bound=ast.AST)
+
+
+def node_at(tree: ast.AST, index: int, kind: type[Node]) -> Node:
     """The node that stands at an index of the walk."""
     node = list(ast.walk(tree))[index]
     assert isinstance(node, kind)

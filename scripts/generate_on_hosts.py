@@ -48,6 +48,7 @@ def main() -> None:
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
             seed=arguments.seed,
+            dtype=arguments.dtype,
             progress=progress,
         )
         if not first:
@@ -76,6 +77,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--uneven", choices=("refuse", "replicate"), default="refuse")
     parser.add_argument("-n", "--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     hosts = parser.add_argument_group("several hosts")
     hosts.add_argument("--cluster", action="store_true", help="JAX knows of the other hosts")

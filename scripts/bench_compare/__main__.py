@@ -11,6 +11,7 @@ the same row; from all of it come the tables and the plot of docs/performance.md
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -62,6 +63,8 @@ def main() -> None:
     results = Results(args.results)
     if not args.report_only:
         measure(args, results)
+    elif not results.rows:
+        sys.exit(f"{args.results}: nothing has been measured")
     report.write(results)
 
 
