@@ -120,20 +120,24 @@ def sample(
     def choose() -> Int32[Array, " B"]:
         V = logits.shape[-1]
         left = jnp.where(kept(logits, sampling), logits, -jnp.inf)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(keys)
         warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
         # From the largest down, so that a tiny temperature makes no two of them infinite.
         scaled = (left - jnp.max(left, axis=-1, keepdims=True)) / warm
-        drawn = jnp.argmax(scaled + noise, axis=-1)
-        return jnp.where(sampling.temperature > 0, drawn, jnp.argmax(left, axis=-1))
+        drawn = _likeliest(scaled + noise)
+        return jnp.where(sampling.temperature > 0, drawn, _likeliest(left))
 
     # Of the filters, typical-p alone can cut the most likely token.
     filtered = jnp.any((sampling.temperature > 0) | (sampling.typical_p < 1))
-    token = lax.cond(filtered, choose, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    token = lax.cond(filtered, choose, lambda: _likeliest(logits))
     # The largest alone does not tell: XLA's maximum on a CPU passes over a NaN among thousands of
     # logits, or of some 64 rows of them (0.10 and 0.12), and argmax is that NaN's index.
     chooses = jnp.all(finite & ~jnp.isnan(logits), axis=-1) & jnp.isfinite(jnp.max(logits, axis=-1))
     return jnp.where(chooses & holds_window(recent, sampling.penalty_last_n), token, -1)
+
+
+def _likeliest(logits: Float32[Array, "B V"]) -> Int32[Array, " B"]:
+    return lax.argmax(logits, 1, jnp.int32)
 
 
 def kept(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
@@ -159,14 +163,14 @@ def _kept_by_rank(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Arr
     B, V = logits.shape
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    rank = jnp.arange(V)[None]
+    rank = jnp.arange(V, dtype=jnp.int32)[None]
     keep = rank < jnp.where(sampling.top_k > 0, sampling.top_k, V)[:, None]
     keep = lax.cond(
         jnp.any(sampling.typical_p < 1),
         lambda: _typical(ranked, keep, sampling.typical_p),
         lambda: keep,
     )
-    first = rank == jnp.argmax(keep, axis=-1, keepdims=True)
+    first = rank == lax.argmax(keep, 1, jnp.int32)[:, None]
     before = _before(jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1))
     # Rounding must not cut what top_p = 1 keeps.
     keep &= (before < sampling.top_p[:, None]) | (sampling.top_p >= 1)[:, None]
@@ -174,7 +178,9 @@ def _kept_by_rank(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Arr
 
 
 def _typical(
-    logits: Float32[Array, "B V"], keep: Bool[Array, "B V"], typical_p: Float32[Array, " B"]
+    logits: Float32[Array, "B V"],
+    keep: Bool[Array, "B V"],
+    typical_p: Float32[Array | np.ndarray, " B"],
 ) -> Bool[Array, "B V"]:
     B, _ = logits.shape
     logp = jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
