@@ -82,7 +82,7 @@ def test_no_dispatch_runs_after_an_interrupt_while_decoding(
     pieces = ql.stream(model, PROMPT, max_new_tokens=5, ignore_eos=True)
     with monkeypatch.context() as patch:
         patch.setattr(session, "_decode", decode)
-        patch.setattr(session, "compile_ahead", lambda *_, **__: None)
+        patch.setattr(session, "compile_once", lambda *_, **__: None)
         patch.setattr(session, "DISPATCH_SECONDS", 0.0)  # a step a dispatch
         seen = [next(pieces).token for _ in range(at)]
         with pytest.raises(KeyboardInterrupt):

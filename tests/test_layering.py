@@ -52,7 +52,7 @@ RUNGS = {
     "generate_tokens": 6.1,
     "layerwise": 6.1,
     "session_arguments": 6.1,
-    "compiling": 6.1,
+    "compiling": 6.05,
     "session": 6.15,
     "row_text": 6.2,
     "generate": 6.3,
