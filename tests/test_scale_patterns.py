@@ -88,7 +88,7 @@ def test_its_product_is_exact_or_not_finite(name: str, field: str, activations: 
         # the parts may be; a sum of bfloat16 numbers may be too large for float32.
         most = np.abs(exact).sum(axis=1)[:, None] * np.abs(dense).max(axis=1)
         holds = most < 1e38
-        assert holds.mean() > 0.5
+        assert holds.mean() > 0.25
         # 2**-100: XLA on a CPU takes subnormal factors and sums for zero.
         error = np.abs(found[:, finite] - exact @ dense.T)[holds]
         assert (error <= 2.0**-21 * most[holds] + 2.0**-100).all()
