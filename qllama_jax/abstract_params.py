@@ -7,7 +7,6 @@ known before there is the machine, or the file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +16,10 @@ from jaxtyping import Float32
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.load import read_params
-from qllama_jax.matmul.sharded import ShardedWeight
 from qllama_jax.params import Params
-from qllama_jax.quants import Block
 from qllama_jax.shard_plan import ShardPlan
 from qllama_jax.shard_reader import ShardReader
-from qllama_jax.sharding import MeshAxes, spec
 from qllama_jax.tensor_file import GGUFFile
-from qllama_jax.tensor_reader import plain_if_f32
 
 
 def abstract_params(file: GGUFFile, config: ModelConfig, plan: ShardPlan) -> Params:
@@ -49,25 +44,10 @@ class _ShapeReader(ShardReader):
         sharding = self._plan.partitioning.sharding()
         return jax.tree.map(lambda x: _shape(x.shape, x.dtype, sharding), tree)
 
-    def _sharded(
-        self,
-        name: str,
-        block: type[Block],
-        shape: tuple[int, ...],
-        read: Callable[..., np.ndarray],
-        cut: tuple[MeshAxes, ...] | None = None,
-    ) -> ShardedWeight:
-        cut = self._plan.cuts[name] if cut is None else cut
-        *out, width = shape
-        grid = (*out, width // block.block_size)
-        sharding = NamedSharding(self._plan.partitioning.mesh, spec(*cut))
-
-        def field(name: str) -> jax.ShapeDtypeStruct:
-            layout = block.layout[name]
-            return _shape((*grid, *layout.shape), layout.base, sharding)
-
-        packed = block(**{name: field(name) for name in block.layout.names or ()})
-        return ShardedWeight(plain_if_f32(packed), self._plan.partitioning, cut)
+    def _array(
+        self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, of_part: Any
+    ) -> Any:
+        return _shape(shape, dtype, sharding)
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -40,9 +40,7 @@ def recent_tokens(
     return jnp.where(index >= 0, tokens, -1)
 
 
-def holds_window(
-    recent: Int32[Array, "B W"], last_n: Int32[Array | np.ndarray, " B"]
-) -> Bool[Array, " B"]:
+def holds_window(recent: Int32[Array, "B W"], last_n: Int32[Array, " B"]) -> Bool[Array, " B"]:
     """Return whether the last_n tokens looked back on are all among `recent`.
 
     last_n <= W, or last_n = -1, all tokens so far, where there is room for one more than they are.
@@ -54,10 +52,10 @@ def penalize(
     logits: Float32[Array, "B V"],
     recent: Int32[Array, "B W"],
     *,
-    repeat: Float32[Array | np.ndarray, " B"],
-    frequency: Float32[Array | np.ndarray, " B"],
-    presence: Float32[Array | np.ndarray, " B"],
-    last_n: Int32[Array | np.ndarray, " B"],
+    repeat: Float32[Array, " B"],
+    frequency: Float32[Array, " B"],
+    presence: Float32[Array, " B"],
+    last_n: Int32[Array, " B"],
 ) -> Float32[Array, "B V"]:
     """(l / repeat if l > 0 else l repeat) - c frequency - presence, where a token came c > 0 times.
 

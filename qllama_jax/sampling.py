@@ -107,6 +107,7 @@ def sample(
         sampling: `per_row` parameters.
         recent: the tokens before this one, for the penalties; ids outside 0..V-1 count not.
     """
+    sampling = jax.tree.map(jnp.asarray, sampling)
     finite = jnp.isfinite(logits)
     logits = penalize(
         logits + sampling.logit_bias,
@@ -180,7 +181,7 @@ def _kept_by_rank(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Arr
 def _typical(
     logits: Float32[Array, "B V"],
     keep: Bool[Array, "B V"],
-    typical_p: Float32[Array | np.ndarray, " B"],
+    typical_p: Float32[Array, " B"],
 ) -> Bool[Array, "B V"]:
     B, _ = logits.shape
     logp = jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)

@@ -74,6 +74,17 @@ class ShardReader(TensorReader):
     def stacked(self, names: Sequence[str], shape: tuple[int, int]) -> Leaf:
         """Weights `[E, out, in]` of E tensors `[out, in]`: a leaf each where formats differ."""
         claims = [self._claim(name, shape) for name in names]
+        weight = self._stacked(names, claims, shape)
+        for _, tensor in claims:
+            self._done(tensor)
+        return weight
+
+    def _stacked(
+        self,
+        names: Sequence[str],
+        claims: list[tuple[type[Block], GGUFTensor]],
+        shape: tuple[int, int],
+    ) -> Leaf:
         merged = names[0].replace(".0.weight", "_exps.weight")
         block, _ = claims[0]
         if any(other is not block for other, _ in claims):
@@ -82,12 +93,12 @@ class ShardReader(TensorReader):
                 tuple(
                     self._sharded(
                         merged,
-                        block,
+                        own,
                         shape,
-                        lambda index, claim=(block, tensor): self._rows(*claim, shape, index),
+                        lambda index, claim=(own, tensor): self._rows(*claim, shape, index),
                         cut,
                     )
-                    for block, tensor in claims
+                    for own, tensor in claims
                 )
             )
 
@@ -132,11 +143,20 @@ class ShardReader(TensorReader):
                     parts[key] = read(index)
                 return np.array(parts[key][name], order="C")
 
-            whole = (*grid, *layout.shape)
-            return jax.make_array_from_callback(whole, sharding, of_part)
+            return self._array((*grid, *layout.shape), layout.base, sharding, of_part)
 
         packed = block(**{name: field(name) for name in block.layout.names or ()})
         return ShardedWeight(plain_if_f32(packed), self._plan.partitioning, cut)
+
+    def _array(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        sharding: NamedSharding,
+        of_part: Callable[[Any], np.ndarray],
+    ) -> Any:
+        """Make an array of its parts, those of this process's devices."""
+        return jax.make_array_from_callback(shape, sharding, of_part, dtype=dtype)
 
     def _rows(
         self, block: type[Block], tensor: GGUFTensor, shape: tuple[int, ...], index: Index

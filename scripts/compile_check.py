@@ -146,6 +146,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the modules there")
     options = parser.parse_args()
     options.programs = [name for name in options.programs.split(",") if name]
+    if options.prompt > options.context:
+        parser.error(f"--prompt {options.prompt} does not fit --context {options.context}")
     if unknown := set(options.programs) - set(PROGRAMS):
         parser.error(f"--programs: {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
     return options

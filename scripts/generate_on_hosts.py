@@ -40,7 +40,10 @@ def main() -> None:
     first = jax.process_index() == 0
 
     with bar("loading", is_bytes=True) if first else contextlib.nullcontext() as progress:
-        model = ql.load(arguments.model, mesh=mesh, uneven=arguments.uneven, progress=progress)
+        try:
+            model = ql.load(arguments.model, mesh=mesh, uneven=arguments.uneven, progress=progress)
+        except ValueError as error:  # GGUFError is one
+            raise SystemExit(str(error)) from None
     with bar("prompt") if first else contextlib.nullcontext() as progress:
         pieces = ql.stream(
             model,
@@ -66,7 +69,11 @@ def main() -> None:
 
 def read_mesh(text: str) -> dict[str, int]:
     """Return the sizes of a mesh's axes, from "data=2,model=4"."""
-    return {name: int(size) for name, size in (part.split("=") for part in text.split(",") if part)}
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part]
+        return {name: int(size) for name, size in pairs}
+    except ValueError:
+        raise SystemExit(f"--mesh {text}: expected axes and sizes, as in data=2,model=4") from None
 
 
 def read_arguments() -> argparse.Namespace:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType
 
 from qllama_jax.config import ModelConfig
 from qllama_jax.metadata import Metadata
+from qllama_jax.quants import FORMATS
 from qllama_jax.tensor_file import GGUFFile, GGUFTensor, Source
 from qllama_jax.tensor_types import BLOCK_SIZES
 
+# Types of all matrices, and llama.cpp's mix.
+MIXES = ("Q4_K_M", *(q.name for q in FORMATS if isinstance(q, GGMLQuantizationType)))
 _COMMON = {"rope_scaling": None, "num_experts": 0, "num_experts_per_token": 0, "norm_eps": 1e-5}
 _LLAMA_3 = {"vocab_size": 128_256, "context_length": 8192, "rope_theta": 500_000.0}
 
@@ -40,12 +45,24 @@ SHAPES: dict[str, dict] = {
 def config_of(model: str) -> ModelConfig:
     """Return the config of a name in SHAPES, or of a JSON file with such fields."""
     if model.endswith(".json"):
-        fields = _COMMON | json.loads(Path(model).read_text())
+        fields = _COMMON | _read(Path(model))
     elif model in SHAPES:
         fields = SHAPES[model]
     else:
         raise SystemExit(f"{model}: no .gguf or .json file, and none of {', '.join(SHAPES)}")
-    return ModelConfig(**({"rope_dim": fields["head_dim"]} | fields))
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    found: dict[str, Any] = {"rope_dim": fields.get("head_dim")} | fields
+    if wrong := names ^ found.keys():
+        fault = ", ".join(sorted(wrong))
+        raise SystemExit(f"{model}: fields missing or too many: {fault}; wanted {sorted(names)}")
+    return ModelConfig(**found)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: {error}") from None
 
 
 def abstract_file(name: str, config: ModelConfig, mix: str) -> GGUFFile:
@@ -54,6 +71,8 @@ def abstract_file(name: str, config: ModelConfig, mix: str) -> GGUFFile:
     `mix` is the name of a type for all matrices, with the output in Q6_K where that is more, or
     "Q4_K_M": both as llama.cpp's quantizer does it.
     """
+    if mix not in MIXES:
+        raise SystemExit(f"--format {mix}: expected one of {', '.join(MIXES)}")
     source = Source(f"{name} in {mix}", 0, 0, 0)
     tensors = {
         tensor: _tensor(tensor, shape, _type(tensor, len(shape), config, mix), source)
@@ -93,14 +112,20 @@ def _type(name: str, ndim: int, config: ModelConfig, mix: str) -> GGMLQuantizati
     if name == "output.weight":
         block, size = BLOCK_SIZES[base]
         return q6 if size / block < BLOCK_SIZES[q6][1] / BLOCK_SIZES[q6][0] else base
-    if mix == "Q4_K_M" and ("attn_v" in name or "ffn_down" in name):
-        layer, layers = int(name.split(".")[1]), config.num_layers
-        eighth = layers // 8
+    return GGMLQuantizationType[q4_k_m(name, config.num_layers)] if mix == "Q4_K_M" else base
+
+
+def q4_k_m(name: str, layers: int) -> str:
+    """Return the type of a matrix in llama.cpp's mix Q4_K_M."""
+    if name == "output.weight":
+        return "Q6_K"
+    if "attn_v" in name or "ffn_down" in name:  # which matter most: in half of the layers
+        layer, eighth = int(name.split(".")[1]), layers // 8
         if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
-            return q6
-        if "attn_v" in name and layers == 80:  # llama.cpp: eight heads share it in a 70B model
-            return GGMLQuantizationType.Q5_K
-    return base
+            return "Q6_K"
+        if "attn_v" in name and layers == 80:  # eight heads share it in a 70B model
+            return "Q5_K"
+    return "Q4_K"
 
 
 def _tensor(

@@ -16,6 +16,7 @@ import qllama_jax as ql
 from legacy_files import TYPES, legacy_file
 from meshes import KINDS, SMALL, TOKENS, WIDE, assert_close, device_bytes, logits_of, make_mesh
 from qllama_jax import memory
+from qllama_jax.params import MoEBlock
 from qllama_jax.shard_plan import plan_shards
 from qllama_jax.shard_reader import read_part
 from qllama_jax.sharding import Partitioning
@@ -153,8 +154,9 @@ def test_a_router_of_one_expert_written_as_a_vector_is_taken_on_a_mesh_too(tiny_
     path = tiny_llama("Q4_0", **SMALL, experts=1, experts_used=1)
     name = "blk.0.ffn_gate_inp.weight"
     flat = with_tensor(path, tmp_path / "a.gguf", name, np.ones(SMALL["embed"], np.float32))
-    router = ql.load(flat, mesh=make_mesh((1, 8))).params.blk[0].ffn_gate_inp.weight
-    assert router.shape == (1, SMALL["embed"])
+    block = ql.load(flat, mesh=make_mesh((1, 8))).params.blk[0]
+    assert isinstance(block, MoEBlock)
+    assert block.ffn_gate_inp.weight.shape == (1, SMALL["embed"])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Callable[..., Path]) -> ql.Model:
-    return ql.load(tiny_llama("Q4_0", **SMALL), layout="file")
+    return ql.load(tiny_llama("Q4_0", **SMALL))
 
 
 @pytest.fixture(autouse=True)

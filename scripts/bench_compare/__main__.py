@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=models.NAMES, choices=models.NAMES)
     parser.add_argument("--rows", nargs="*", default=[*TURNS, *FRESH], choices=[*TURNS, *FRESH])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engines", nargs="*", default=[OURS, LLAMA_CPP, CANDLE, MISTRALRS])
+    known = [OURS, LLAMA_CPP, CANDLE, MISTRALRS]
+    parser.add_argument("--engines", nargs="*", default=known, choices=known)
     parser.add_argument("--llama-python", metavar="PYTHON", help="has llama-cpp-python")
     parser.add_argument("--candle-python", metavar="PYTHON", help="has rust-ai-serving-engine")
     parser.add_argument("--old-python", metavar="PYTHON", help="has qllama_jax and an older JAX")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 import qllama_jax as ql
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model_shapes import q4_k_m
 from tiny import write_tiny_llama
 
 TINY_LLAMA: dict[str, Any] = {
@@ -86,21 +89,10 @@ def _qtypes(format: str) -> Any:
     """Formats of the tensors as llama.cpp's tool chooses them, but for its finer points."""
     if format in ("F16", "BF16", "Q8_0"):
         return format
-    return _q4_k_m if format == "Q4_K_M" else _with_output_in_q6_k(format)
+    if format == "Q4_K_M":
+        return functools.partial(q4_k_m, layers=TINY_LLAMA["layers"])
+    return _with_output_in_q6_k(format)
 
 
 def _with_output_in_q6_k(format: str) -> Callable[[str], str]:
     return lambda name: "Q6_K" if name == "output.weight" else format
-
-
-def _q4_k_m(name: str) -> str:
-    """Six bits for the output, and in half of the layers for values and the way down."""
-    if name == "output.weight":
-        return "Q6_K"
-    _, _, rest = name.partition("blk.")
-    if rest and name.endswith(("attn_v.weight", "ffn_down.weight")):
-        layer, layers = int(rest.split(".")[0]), TINY_LLAMA["layers"]
-        first, last = layers // 8, 7 * layers // 8
-        if layer < first or layer >= last or (layer - first) % 3 == 2:
-            return "Q6_K"
-    return "Q4_K"

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
@@ -81,7 +81,14 @@ def pack(format: str, rows: Rows) -> CPUWeight:
 
     threads = os.cpu_count() or 1
     step = max(1, min(_CHUNK_BYTES // (LANES * row_bytes), -(-tiles // threads)))
-    list(_pool(threads).map(fill, range(0, tiles, step)))
+    filling = [_pool(threads).submit(fill, first) for first in range(0, tiles, step)]
+    try:
+        for part in filling:
+            part.result()
+    finally:  # after an error, or Ctrl-C, nothing reads on in a file that will be closed
+        for part in filling:
+            part.cancel()
+        wait(filling)
     return CPUWeight(*whole, format=format, out=out)
 
 
