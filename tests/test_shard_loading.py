@@ -196,6 +196,17 @@ def with_tensor(source: Path, out: Path, name: str, values: np.ndarray) -> Path:
     return out
 
 
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("qtype", ["Q4_0", lambda name: "Q8_0" if ".1." in name else "Q4_0"])
+def test_progress_on_a_mesh_ends_with_all_bytes(tiny_llama, merged, qtype):
+    path = tiny_llama(qtype, **SMALL, experts=2, experts_used=1, merged=merged)
+    seen = []
+    ql.load(path, mesh=make_mesh((1, 8)), progress=lambda done, total: seen.append((done, total)))
+    total = sum(tensor.nbytes for tensor in ql.read_gguf(path).tensors.values())
+    assert seen[-1] == (total, total)
+    assert seen == sorted(seen)
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "says"),
     [
