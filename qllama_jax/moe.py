@@ -50,10 +50,11 @@ def route(x: Float[Array, "B T D"], router: Leaf, active: int) -> Routing:
     finite has NaN for weights: an expert with -inf would never be chosen, and nobody would know.
     """
     logits = matmul(x, router).astype(jnp.float32)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
-    logits = jnp.where(finite, logits, np.float32(np.nan))
     probabilities, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), active)
     weights = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
+    # Last: jax 0.10's XLA for CPUs takes the softmax of a NaN chosen here for one of numbers.
+    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
+    weights = jnp.where(finite, weights, np.float32(np.nan))
     return Routing(experts=experts.astype(jnp.int32), weights=weights)
 
 

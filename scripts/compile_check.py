@@ -58,7 +58,8 @@ def check(case: Case, program: str, save: Path | None) -> dict[str, Any]:
     return {
         "program": program,
         "compile_seconds": round(seconds, 1),
-        "temp_bytes": memory.temp_size_in_bytes,
+        # None: the libtpu of jax 0.10 does not count them, and tells 0.
+        "temp_bytes": memory.temp_size_in_bytes or None,
         "argument_bytes": memory.argument_size_in_bytes,
         "collectives": module.collectives(),
         "estimated_cycles": module.estimated_cycles(),
@@ -112,7 +113,9 @@ def show(report: dict[str, Any]) -> None:
     told = ", ".join(f"{n} {kind}" for kind, n in report["collectives"].items()) or "none"
     dense = ", ".join(map(str, report["dense_weights"])) or "none"
     print(f"{report['program']} (compiled in {report['compile_seconds']} s)")
-    print(f"  temporaries       {megabytes(report['temp_bytes'])} a device")
+    temporaries = report["temp_bytes"]
+    known = f"{megabytes(temporaries)} a device" if temporaries else "not told by this compiler"
+    print(f"  temporaries       {known}")
     print(f"  arguments         {megabytes(report['argument_bytes'])} a device, as laid out")
     print(f"  between devices   {told}")
     print(f"  dense weights     {dense}")

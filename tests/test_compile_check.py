@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import qllama_jax as ql
@@ -95,7 +96,11 @@ def test_no_program_makes_a_weight_dense_and_a_step_needs_less_than_one_dense_la
     assert set(found["programs"]) == {"prefill", "decode", "generate"}
     for program in found["programs"].values():
         assert program["dense_weights"] == []
-    assert 0 < found["programs"]["decode"]["temp_bytes"] < found["dense_layer_bytes"]
+    temporaries = found["programs"]["decode"]["temp_bytes"]
+    if "v" in target and jax.__version_info__ < (0, 11):
+        assert temporaries is None  # its libtpu does not count them
+    else:
+        assert 0 < temporaries < found["dense_layer_bytes"]
     values = 512 * 512 * 4 + 3 * 512 * 4096  # a layer's
     devices = math.prod(map(int, found["mesh"].split("x")))
     assert found["dense_layer_bytes"] == 4 * values // devices

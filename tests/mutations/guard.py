@@ -19,26 +19,26 @@ class HangError(BaseException):
 
 
 @contextmanager
-def limited(size: int) -> Iterator[None]:
+def limited(size: int, seconds: float = SECONDS) -> Iterator[None]:
     """Raise where the block takes too long, or more memory than MEMORY and twice `size`."""
     resident = reset_peak()
-    with limited_time():
+    with limited_time(seconds):
         yield
     grown = peak() - resident
     assert grown <= MEMORY + 2 * size, f"memory grew by {grown / 2**20:.0f} MiB"
 
 
 @contextmanager
-def limited_time() -> Iterator[None]:
+def limited_time(seconds: float) -> Iterator[None]:
     """Raise where the block takes too long."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        spent = f"{SECONDS} s of work" if number == signal.SIGPROF else f"{SECONDS_ASLEEP} s"
+        spent = f"{seconds} s of work" if number == signal.SIGPROF else f"{SECONDS_ASLEEP} s"
         raise HangError(f"no result after {spent}")
 
     clocks = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
     before = {number: signal.signal(number, stop) for number in clocks}
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_ASLEEP)
     try:
         yield

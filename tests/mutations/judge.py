@@ -15,7 +15,7 @@ import numpy as np
 import qllama_jax as ql
 from gguf_bytes import assert_same_metadata, assert_same_tensors, read_with_gguf_py
 from mutations.draft import Draft
-from mutations.guard import limited
+from mutations.guard import SECONDS, limited
 from mutations.operators import Base, Files, Operator
 from qllama_jax.quants import Block
 from qllama_jax.tensor_file import GGUFFile
@@ -77,7 +77,9 @@ def judge(
     """Make and read a mutant; AssertionError where it is not what the operator declares."""
     path, files = make_mutant(operator, base, seed, bases, folder)
     sizes = [part.stat().st_size for part in folder.iterdir()]
-    with limited(sum(sizes)):
+    # A real vocabulary's tokens are 0.6 s of work, and took three times that where the two threads
+    # of a core were busy.
+    with limited(sum(sizes), 3 * SECONDS if base == "real" else SECONDS):
         reading = read(path)
     if reading.refused_by is not None:
         assert operator.verdict != "accept", reading.message
