@@ -13,9 +13,9 @@ from qllama_jax.decoding import (
     Finish,
     decode_many,
     prefill,
-    row_keys,
     start_decoding,
 )
+from qllama_jax.decoding_arguments import row_keys
 from qllama_jax.errors import (
     ContextOverflowError,
     GGUFError,

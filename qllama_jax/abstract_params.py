@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float32
 
 from qllama_jax.config import ModelConfig
-from qllama_jax.load import read_params
 from qllama_jax.params import Params
+from qllama_jax.read_params import read_params
 from qllama_jax.shard_plan import ShardPlan
 from qllama_jax.shard_reader import ShardReader
 from qllama_jax.tensor_file import GGUFFile

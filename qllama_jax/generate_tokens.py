@@ -14,14 +14,8 @@ from jaxtyping import Array, Int32, Shaped
 
 from qllama_jax.cache import KVCache, init_cache
 from qllama_jax.config import ModelConfig
-from qllama_jax.decoding import (
-    Finish,
-    decode_many,
-    prefill,
-    row_keys,
-    start_decoding,
-    stop_ids,
-)
+from qllama_jax.decoding import Finish, decode_many, prefill, start_decoding
+from qllama_jax.decoding_arguments import row_keys, stop_ids
 from qllama_jax.errors import ContextOverflowError
 from qllama_jax.matmul import Activations
 from qllama_jax.params import Params

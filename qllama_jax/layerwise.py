@@ -22,8 +22,9 @@ from qllama_jax.compiling import Program
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import last_logits
 from qllama_jax.matmul import Activations
-from qllama_jax.model import Entry, enter, leave, run_block
+from qllama_jax.model import enter, leave
 from qllama_jax.params import Params
+from qllama_jax.transformer_block import Entry, run_block
 
 _enter = jax.jit(enter, static_argnames=("config", "max_length", "dtype"))
 

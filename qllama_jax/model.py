@@ -7,33 +7,28 @@ raises inside a trace, so a row that goes wrong is poisoned (see `hidden_states`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from qllama_jax.attention import store_and_attend
 from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
-from qllama_jax.layers import linear, rms_norm, swiglu
+from qllama_jax.layers import rms_norm
 from qllama_jax.matmul import Activations, check_activations, matmul
-from qllama_jax.moe import Routing, moe_swiglu
-from qllama_jax.params import DenseBlock, Linear, MoEBlock, Params
-from qllama_jax.rope import rope_cos_sin, rotate
-from qllama_jax.sharding import Partitioning
-
-Tap = Callable[[str, Array], Array]
-
-# Named activations of a block, in the order of computation; "blk.3.attn_out" is a full name.
-# All are [B, T, D]: the residual stream before the block, the normed input and the output of
-# each half, and the residual stream between and after them.
-BLOCK_SITES = ("in", "attn_norm", "attn_out", "mid", "ffn_norm", "ffn_out", "out")
+from qllama_jax.params import Linear, Params
+from qllama_jax.rope import rope_cos_sin
+from qllama_jax.transformer_block import (
+    BLOCK_SITES,
+    Entry,
+    Tap,
+    call_block,
+    probing,
+    run_block,
+)
 
 
 def sites(config: ModelConfig) -> tuple[str, ...]:
@@ -139,9 +134,9 @@ def hidden_states(
     for i, block in enumerate(params.blk):
         arguments = (block, x, cache.k[i], cache.v[i], entry)
         if tap is None and not capture:
-            x, k, v, routing = _call_block(*arguments, config=config, activations=activations)
+            x, k, v, routing = call_block(*arguments, config=config, activations=activations)
         else:
-            probe = _probe(f"blk.{i}.", tap, frozenset(capture), aux)
+            probe = probing(f"blk.{i}.", tap, frozenset(capture), aux)
             x, k, v, routing = run_block(
                 *arguments, config=config, activations=activations, probe=probe
             )
@@ -152,17 +147,6 @@ def hidden_states(
             aux[f"blk.{i}.expert_weights"] = routing.weights
     cache = KVCache(k=tuple(keys), v=tuple(values), lengths=entry.lengths)
     return leave(x, entry), cache, aux
-
-
-class Entry(NamedTuple):
-    """What the blocks need to know of the tokens that go into them."""
-
-    cos_sin: tuple[Array, Array]  # float32[B, T, pairs] each
-    positions: Array  # int32[B, T]
-    counts: Array  # int32[B]: tokens that are stored; none of a poisoned row
-    lengths: Array  # int32[B]: of the cache after them
-    bad: Array  # bool[B]: poisoned rows
-    partitioning: Partitioning | None = None  # static
 
 
 def enter(
@@ -229,91 +213,6 @@ def unembed(
         logits = matmul(x, output.weight, activations=activations).astype(jnp.float32)
         # Each device gets all of them, so that choosing a token is the same on a mesh.
         return logits if params.partitioning is None else params.partitioning.whole(logits)
-
-
-def run_block(
-    block: DenseBlock | MoEBlock,
-    x: Float[Array, "B T D"],
-    k_cache: Float[Array, "B K H S"],
-    v_cache: Float[Array, "B K S H"],
-    entry: Entry,
-    *,
-    config: ModelConfig,
-    activations: Activations,
-    probe: Tap = lambda _, x: x,
-) -> tuple[Float[Array, "B T D"], Array, Array, Routing | None]:
-    """One transformer block: x + attention(norm(x)), then x + ffn(norm(x)).
-
-    Stores keys and values of the first entry.counts[b] tokens of row b at entry.positions[b, 0]
-    onwards and returns the new residual stream, both buffers, and what a router chose.
-    `probe(site, x) -> x` sees every named activation.
-    """
-    B, T, _ = x.shape
-    cos_sin, positions, count = entry.cos_sin, entry.positions, entry.counts
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    x = probe("in", x)
-    with jax.named_scope("attn"):
-        y = probe("attn_norm", rms_norm(x, block.attn_norm.weight, config.norm_eps))
-        q = linear(y, block.attn_q, activations).reshape(B, T, N, H)
-        k = linear(y, block.attn_k, activations).reshape(B, T, K, H)
-        v = linear(y, block.attn_v, activations).reshape(B, T, K, H)
-        with jax.named_scope("rope"):
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        y, k_cache, v_cache = store_and_attend(
-            q, k, v, k_cache, v_cache, positions, count, partitioning=entry.partitioning
-        )
-        y = y.reshape(B, T, N * H)
-        x = probe("mid", x + probe("attn_out", linear(y, block.attn_output, activations)))
-    with jax.named_scope("mlp"):
-        y = probe("ffn_norm", rms_norm(x, block.ffn_norm.weight, config.norm_eps))
-        routing = None
-        if isinstance(block, MoEBlock):
-            counted = jnp.arange(T, dtype=jnp.int32)[None] < count[:, None]
-            active, partitioning = config.num_experts_per_token, entry.partitioning
-            y, routing = moe_swiglu(
-                y, counted, block, active, activations, partitioning=partitioning
-            )
-        else:
-            y = swiglu(y, block, activations)
-        x = probe("out", x + probe("ffn_out", y))
-    return x, k_cache, v_cache, routing
-
-
-@functools.partial(jax.jit, static_argnames=("config", "activations"))
-def _shared_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
-    # The calls within it (`jnp.where` is one) are inlined all the same.
-    with set_xla_metadata(inlineable=None):
-        return run_block(*arguments, config=config, activations=activations)
-
-
-def _call_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
-    """Call `run_block` so that a module of many layers is traced and, on a CPU, compiled quickly.
-
-    Layers of equal shapes and formats share one trace and one lowering, and what XLA may not inline
-    it optimizes a layer at a time. Its GPU compiler fuses nothing in such a call, and that for TPUs
-    inlines it all the same.
-    """
-
-    def call(*arguments: Any) -> Any:
-        return _shared_block(*arguments, config=config, activations=activations)
-
-    def call_apart(*arguments: Any) -> Any:
-        with set_xla_metadata(inlineable="false"):
-            return call(*arguments)
-
-    return lax.platform_dependent(*arguments, cpu=call_apart, default=call)
-
-
-def _probe(prefix: str, tap: Tap | None, capture: frozenset[str], into: dict[str, Array]) -> Tap:
-    def probe(site: str, x: Array) -> Array:
-        name = prefix + site
-        if tap is not None:
-            x = tap(name, x)
-        if name in capture:
-            into[name] = x
-        return x
-
-    return probe
 
 
 def _any_outside_vocabulary(

@@ -17,12 +17,12 @@ from jaxtyping import Array, Float32, Int32
 from qllama_jax.cache import init_cache
 from qllama_jax.config import ModelConfig
 from qllama_jax.errors import ContextOverflowError, NumericalError
-from qllama_jax.generate import read_ids, read_prompts
 from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations
 from qllama_jax.memory import Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.model import hidden_states, unembed
 from qllama_jax.params import Params
+from qllama_jax.prompts import read_ids, read_prompts
 from qllama_jax.session_arguments import power_of_two, whole
 
 # Logits that exist at a time: 64 MiB of float32.

@@ -22,18 +22,24 @@ from qllama_jax import decoding, layerwise
 from qllama_jax.cache import KVCache, init_cache, resize_cache
 from qllama_jax.compiling import Program, compile_once
 from qllama_jax.decoding import Chosen, DecodeState, Finish
-from qllama_jax.errors import ContextOverflowError, NumericalError
+from qllama_jax.errors import NumericalError
 from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations
-from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
+from qllama_jax.memory import SMALLEST_CACHE
 from qllama_jax.model import check_dtype
 from qllama_jax.sampling import Sampling
 from qllama_jax.sampling_ranges import check_sampling
-from qllama_jax.session_arguments import keys_of, power_of_two, whole, with_window
+from qllama_jax.session_arguments import (
+    PREFILL_CHUNK,
+    SMALLEST_PROMPT,
+    check_room,
+    keys_of,
+    power_of_two,
+    whole,
+    with_window,
+)
 from qllama_jax.tensor_reader import Progress
 
-SMALLEST_PROMPT = 8  # the smallest padded prompt
-PREFILL_CHUNK = 512  # the largest; a longer prompt goes in several
 MAX_STEPS = 64  # steps of one dispatch at the most
 DISPATCH_SECONDS = 0.25  # what the number of steps is steered to
 STEPS_ON_HOSTS = 8  # steps of a dispatch on several hosts
@@ -106,20 +112,8 @@ class Session:
         self.top_logprobs = whole("top_logprobs", top_logprobs, 0, most)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
         self.keys = keys_of(seed, len(prompts))
-        longest = max(len(prompt) for prompt in prompts)
-        context = model.config.context_length
-        if longest + max_new_tokens > context:
-            room = max(context - longest, 0)
-            raise ContextOverflowError(
-                f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}: the model's context"
-                f" is {context} tokens; after this prompt there is room for {room}"
-            )
-        check_fits(
-            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {len(prompts)} rows",
-            lambda context: _needs(model, len(prompts), context, self.dtype.itemsize),
-            longest + max_new_tokens,
-            mesh=model.mesh,
-        )
+        longest = max(map(len, prompts))
+        check_room(model, len(prompts), longest, max_new_tokens, self.dtype.itemsize)
         self.model = model
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
@@ -291,15 +285,3 @@ class Session:
                     " weight or an activation is NaN or infinite, or biases and penalties leave no"
                     " finite one"
                 )
-
-
-def _needs(model: Model, batch_size: int, context: int, itemsize: int) -> Needs:
-    """Return what a generation of `context` tokens, prompt and new ones together, allocates."""
-    config = model.config
-    positions = context - 1  # the last token is not stored
-    room = power_of_two(positions, SMALLEST_CACHE)
-    cache = cache_bytes(config, batch_size, room, itemsize, model.params.partitioning)
-    chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
-    growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
-    workspace = max(workspace_bytes(config, batch_size, chunk), growing)
-    return Needs(cache=cache, workspace=workspace, loaded=model.device_nbytes)

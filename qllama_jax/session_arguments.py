@@ -1,4 +1,4 @@
-"""What a session is asked for -> what its dispatches take: numbers, keys, the penalty window."""
+"""What a session is asked for -> what its dispatches take: room, numbers, keys, the window."""
 
 from __future__ import annotations
 
@@ -12,10 +12,48 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32, Key, UInt32
 
+from qllama_jax.errors import ContextOverflowError
+from qllama_jax.load import Model
+from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.penalties import PENALTY_WINDOW
 from qllama_jax.sampling import Sampling
 
 LAST_SEED = 2**32 - 1
+SMALLEST_PROMPT = 8  # the smallest padded prompt
+PREFILL_CHUNK = 512  # the largest; a longer prompt goes in several
+
+
+def check_room(model: Model, rows: int, longest: int, max_new_tokens: int, itemsize: int) -> None:
+    """Refuse what the model's context or the memory has no room for; nothing is allocated.
+
+    `longest` are the tokens of the longest of `rows` prompts, `itemsize` the bytes of a number in
+    the cache. Raises ContextOverflowError, OutOfMemoryError.
+    """
+    context = model.config.context_length
+    if longest + max_new_tokens > context:
+        room = max(context - longest, 0)
+        raise ContextOverflowError(
+            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}: the model's context"
+            f" is {context} tokens; after this prompt there is room for {room}"
+        )
+    check_fits(
+        f"prompt of {longest} tokens + max_new_tokens={max_new_tokens}, {rows} rows",
+        lambda context: _needs(model, rows, context, itemsize),
+        longest + max_new_tokens,
+        mesh=model.mesh,
+    )
+
+
+def _needs(model: Model, batch_size: int, context: int, itemsize: int) -> Needs:
+    """Return what a generation of `context` tokens, prompt and new ones together, allocates."""
+    config = model.config
+    positions = context - 1  # the last token is not stored
+    room = power_of_two(positions, SMALLEST_CACHE)
+    cache = cache_bytes(config, batch_size, room, itemsize, model.params.partitioning)
+    chunk = min(power_of_two(positions, SMALLEST_PROMPT), PREFILL_CHUNK)
+    growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
+    workspace = max(workspace_bytes(config, batch_size, chunk), growing)
+    return Needs(cache=cache, workspace=workspace, loaded=model.device_nbytes)
 
 
 def keys_of(seed: int | Sequence[int] | np.ndarray | jax.Array, batch_size: int) -> jax.Array:

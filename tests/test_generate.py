@@ -122,7 +122,7 @@ def test_a_penalty_window_of_any_width_streams_resumes_and_is_the_pure_functions
     assert pure.history.shape == (1, 255)
     options: dict[str, Any] = fields | {
         "penalty_window": 256,
-        "key": decoding.row_keys(jax.random.key(0), 1),
+        "key": ql.row_keys(jax.random.key(0), 1),
     }
     cache = ql.init_cache(model.config, 1, 256)
     first = run(generate_tokens, model, [LONG], 7, cache=cache, **options)
@@ -227,7 +227,7 @@ def test_bfloat16_streamed_equals_one_shot_equals_the_pure_function(model):
     "fields", [{}, {"repeat_penalty": 1.5}, SAMPLED], ids=["greedy", "penalized", "sampled"]
 )
 def test_resumed_equals_one_shot(model, generate_tokens, fields):
-    keys = decoding.row_keys(jax.random.key(3), 1)
+    keys = ql.row_keys(jax.random.key(3), 1)
     cache = ql.init_cache(model.config, 1, 64)
     whole = run(generate_tokens, model, PROMPTS[:1], 12, key=keys, **fields)
     first = run(generate_tokens, model, PROMPTS[:1], 5, key=keys, cache=cache, **fields)
@@ -380,7 +380,7 @@ def test_decoding_ends_early_when_every_row_has_stopped(model):
         logits,
         cache,
         ql.recent_tokens(tokens, lengths),
-        decoding.row_keys(jax.random.key(0), 1),
+        ql.row_keys(jax.random.key(0), 1),
         ql.Sampling(),
         jnp.zeros((0,), jnp.int32),
     )
@@ -687,7 +687,7 @@ def test_a_decoding_step_writes_to_the_cache_in_place(path):
         cache=ql.init_cache(config, 1, S),
         token=row,
         recent=jnp.zeros((1, 64), jnp.int32),
-        keys=decoding.row_keys(jax.random.key(0), 1),
+        keys=ql.row_keys(jax.random.key(0), 1),
         finish=row,
         generated=row,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
-from qllama_jax import decoding
+from qllama_jax.decoding_arguments import stop_ids
 from qllama_jax.row_text import stop_strings
 from qllama_jax.sampling_ranges import read_logit_bias
 from qllama_jax.session_arguments import keys_of
@@ -181,7 +181,7 @@ def test_stop_tokens_may_be_a_list(model, path):
 @pytest.mark.parametrize("stop", [frozenset({5}), 5, [1.5], [[1]], [True], np.int32(5)], ids=str)
 def test_stop_tokens_that_are_no_list_of_ids_are_refused(stop):
     with pytest.raises(TypeError, match=r"^stop_tokens: expected a list of ids or int32\[K\], fo"):
-        decoding.stop_ids(stop, 384)
+        stop_ids(stop, 384)
 
 
 def test_a_history_of_other_rows_is_refused():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
-from qllama_jax import decoding, layerwise, memory, session
+from qllama_jax import layerwise, memory, session
 from qllama_jax.cache import resize_cache
 from qllama_jax.free_memory import free_bytes, host_free_bytes
 from qllama_jax.memory import workspace_bytes
@@ -184,7 +184,7 @@ def test_what_two_layers_and_a_choice_take_stays_below_the_bound(
     )  # fmt: skip
     arguments = model.params.blk[0], x, cache.k[0], cache.v[0], entry
     layer = layerwise._layer.lower(*arguments, activations="int8x2", **static).compile()
-    keys = decoding.row_keys(jax.random.key(0), rows)
+    keys = ql.row_keys(jax.random.key(0), rows)
     sampling = jax.tree.map(jnp.asarray, ql.Sampling(temperature=1.0, top_p=0.5).per_row(rows))
     recent, stop = of((rows, 64), jnp.int32), of((1,), jnp.int32)
     start = session._start.lower(of((rows, V)), cache, recent, keys, sampling, stop).compile()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
-from qllama_jax.decoding import stop_ids
+from qllama_jax.decoding_arguments import stop_ids
 from qllama_jax.sampling_ranges import read_logit_bias
 
 V = 97

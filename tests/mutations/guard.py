@@ -29,7 +29,7 @@ def limited(size: int, seconds: float = SECONDS) -> Iterator[None]:
 
 
 @contextmanager
-def limited_time(seconds: float) -> Iterator[None]:
+def limited_time(seconds: float = SECONDS) -> Iterator[None]:
     """Raise where the block takes too long."""
 
     def stop(number: int, frame: FrameType | None) -> None:
