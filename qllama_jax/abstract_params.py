@@ -44,6 +44,13 @@ class _ShapeReader(ShardReader):
         sharding = self._plan.partitioning.sharding()
         return jax.tree.map(lambda x: _shape(x.shape, x.dtype, sharding), tree)
 
+    def place_bias(self, name: str, bias: np.ndarray | None) -> Any:
+        """The shape of a bias, cut as the layer's outputs are."""
+        if bias is None:
+            return None
+        over_out, _ = self._plan.cuts[f"{name}.weight"]
+        return _shape(bias.shape, bias.dtype, self._plan.partitioning.sharding(over_out))
+
     def _array(
         self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, of_part: Any
     ) -> Any:

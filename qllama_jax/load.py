@@ -1,4 +1,4 @@
-"""A GGUF file -> a model: reads, checks, packs and places every tensor of the file."""
+"""A GGUF file -> a `Model`: what is asked for, whether it fits, and the reader that it takes."""
 
 from __future__ import annotations
 

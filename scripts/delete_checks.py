@@ -44,6 +44,7 @@ ROOMS = {
     "metadata": ["test_metadata.py", "test_config.py"],
     "config": ["test_config.py"],
     "tensor_reader": ["test_load.py", "-k", REFUSALS],
+    "read_params": ["test_load.py", "test_moe.py", "-k", REFUSALS],
     "load": ["test_load.py", "test_moe.py", "-k", REFUSALS],
     "tokenizer/vocabulary": ["test_mutations.py", "-k", "token or type or score or merge or flag"],
 }

@@ -150,3 +150,9 @@ def test_what_cannot_be_compiled_is_refused_in_a_line(arguments: tuple[str, ...]
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_biases_are_shapes_too(target: str, tiny_llama: Callable[..., Path]):
+    path = tiny_llama("Q4_0", **TINY, biases=True)
+    report(str(path), "--target", target, "--prompt", "24", "--programs", "")

@@ -77,8 +77,8 @@ def judge(
     """Make and read a mutant; AssertionError where it is not what the operator declares."""
     path, files = make_mutant(operator, base, seed, bases, folder)
     sizes = [part.stat().st_size for part in folder.iterdir()]
-    # A real vocabulary's tokens are 0.6 s of work, and took three times that where the two threads
-    # of a core were busy.
+    # A real vocabulary's tokens are 0.6 s of work, and took over 2 s of it on a machine that others
+    # kept busy.
     with limited(sum(sizes), 3 * SECONDS if base == "real" else SECONDS):
         reading = read(path)
     if reading.refused_by is not None:
