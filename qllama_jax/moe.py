@@ -52,7 +52,7 @@ def route(x: Float[Array, "B T D"], router: Leaf, active: int) -> Routing:
     logits = matmul(x, router).astype(jnp.float32)
     probabilities, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), active)
     weights = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
-    # Last: jax 0.10's XLA for CPUs takes the softmax of a NaN chosen here for one of numbers.
+    # After the softmax: put in before it, NaN came out of jax 0.10's XLA for CPUs as 1 and 0.
     finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
     weights = jnp.where(finite, weights, np.float32(np.nan))
     return Routing(experts=experts.astype(jnp.int32), weights=weights)

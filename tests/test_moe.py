@@ -135,6 +135,16 @@ def test_routing_is_the_renormalised_softmax_and_ties_take_the_lower_index():
     np.testing.assert_allclose(routing.weights[0, 0], np.array([e, e, 1]) / (2 * e + 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("expert", range(3))
+def test_a_router_that_is_not_finite_leaves_no_weight_that_is(expert: int, value: float):
+    router = np.eye(3, D, dtype=np.float32)
+    router[expert, 0] = value
+    x = jnp.ones((1, 1, D))
+    routing = jax.jit(route, static_argnums=2)(x, jnp.asarray(router), 2)
+    assert np.isnan(routing.weights).all()
+
+
 def test_aux_holds_what_the_router_of_the_reference_chooses(
     tiny_llama: TinyLlama, monkeypatch: pytest.MonkeyPatch
 ):
