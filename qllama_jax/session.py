@@ -227,12 +227,14 @@ class Session:
         config = self.model.config
 
         def programs() -> Iterator[Program]:
-            yield from layerwise.programs(*arguments, **static)
+            # The choice is traced quickly and takes XLA long, so it is compiled while all else is
+            # traced.
             B, _ = tokens.shape
             logits = jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32)
             filled = jax.eval_shape(lambda: init_cache(config, B, last_room, self.dtype))
             start = logits, filled, self.recent, self.keys, self.sampling, self.stop_tokens
             yield Program(_start, start, {"top_logprobs": self.top_logprobs})
+            yield from layerwise.programs(*arguments, **static)
 
         kind = ("prefill", tokens.shape, cache.max_length, last_room, self.top_logprobs)
         compile_once(self.model, (*kind, self._shapes(), *static.values()), programs)

@@ -244,18 +244,41 @@ def test_a_product_under_vmap_is_that_of_each(name: str):
 # What the compiler makes of it.
 
 
+def abstract(name: str, tiles: int) -> CPUWeight:
+    """The shapes of a large weight."""
+    one = pack(name, random_blocks(QType[name], (LANES, IN), np.random.default_rng(0)))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
+    ).replace(out=tiles * LANES)
+
+
+def temporary_bytes(name: str, rows: int, tiles: int, activations: Any) -> int:
+    x = jax.ShapeDtypeStruct((rows, IN), jnp.float32)
+    lowered = multiply.lower(x, abstract(name, tiles), activations=activations)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 @every_format
 @pytest.mark.parametrize("rows", [1, 4, 140])
 def test_no_weight_is_held_dense(name: str, rows: int):
-    raw = random_blocks(QType[name], (LANES, IN), np.random.default_rng(0))
-    one = pack(name, raw)
     tiles = 512
-    many = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
-    ).replace(out=tiles * LANES)
-    x = jax.ShapeDtypeStruct((rows, IN), jnp.float32)
-    memory = multiply.lower(x, many, activations="auto").compile().memory_analysis()
     dense = 4 * IN * tiles * LANES
     output = 4 * rows * tiles * LANES
-    assert memory is not None
-    assert memory.temp_size_in_bytes - output <= dense / 3
+    assert temporary_bytes(name, rows, tiles, "auto") - output <= dense / 3
+
+
+@each_in_words
+@pytest.mark.parametrize(("activations", "rows"), [("int8", 1), ("int8x2", 1), ("int8x2", 4)])
+def test_sums_of_integers_are_stored_in_16_bits_alone(name: str, activations: str, rows: int):
+    tiles = 128
+    residuals = 2 if activations == "int8x2" else 1
+    groups = IN // LAYOUTS[name].group
+    plane = 2 * groups * tiles * LANES
+    # Sums of up to eight groups in float32 are a quarter of those in 16 bits; a copy of these in
+    # float32 would be twice as much. XLA copies the two words of fifth bits, of which it takes 32.
+    copied = 2 if name.startswith("Q5") else 0
+    assert (
+        temporary_bytes(name, rows, tiles, activations) <= (1.3 * rows * residuals + copied) * plane
+    )

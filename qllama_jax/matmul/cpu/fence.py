@@ -16,7 +16,7 @@ Fence = Callable[[Tree], Tree]
 
 # Before 0.11 XLA fused across an optimization barrier: 333 instead of 105 us for a row of Q4_0
 # [2048, 2048] (0.10.2). It does not fuse across a loop; but loops take twice as long to compile.
-_BARRIER_HOLDS = jax.__version_info__ >= (0, 11)
+BARRIER_HOLDS = jax.__version_info__ >= (0, 11)
 
 
 def fence_for(x: Float[Array, "B in"]) -> Fence:
@@ -24,7 +24,7 @@ def fence_for(x: Float[Array, "B in"]) -> Fence:
 
     x only serves to make a number that XLA cannot know: that of the trips of a loop.
     """
-    if _BARRIER_HOLDS:
+    if BARRIER_HOLDS:
         return lax.optimization_barrier
     once = jnp.where(x.reshape(-1)[0] > np.float32(3e38), np.int32(2), np.int32(1))
     return lambda tree: lax.fori_loop(0, once, lambda _, t: lax.optimization_barrier(t), tree)

@@ -16,14 +16,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int16
 
-from qllama_jax.matmul.cpu.fence import Fence, fence_for
+from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP, INT8_MAX, Layout
 from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece. More
 # would make the accumulators larger than the caches, so it is cut into slabs of some tiles.
 WHOLE_ROWS = 8
-ACCUMULATORS = 2**22
+# Sums of a slab. Before 0.11 XLA makes no use of large ones: 128 rows times Q4_0 [2048, 2048] take
+# 9 ms there, and 28 with 2**22 sums; from 0.11 on 10.3 and 9.5.
+ACCUMULATORS = 2**22 if BARRIER_HOLDS else 2**20
 # More rows of x go through the weight in parts: of 512 rows 128 at a time are the fastest, with
 # 158 to 175 billion operations a second in Q4_0 and Q4_K, dequantized tiles 148 to 162.
 PART_ROWS = 128
@@ -79,11 +81,11 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
     def write_tiles(i: Array, y: Array) -> Array:
         # Where `size` does not divide the tiles, the last slab repeats some.
         first = jnp.minimum(i.astype(jnp.int32) * size, tiles - size)  # int64 with jax_enable_x64
-        slab = lax.optimization_barrier(w.slice_tiles(first, size))
+        slab = fence(w.slice_tiles(first, size))
         for j, part in enumerate(x):
-            # The barrier keeps XLA from storing words that it shifts once for all parts: 512 rows
+            # The fence keeps XLA from storing words that it shifts once for all parts: 512 rows
             # of Q4_K [5632, 2048] take 112 instead of 81 ms without it.
-            slab = lax.optimization_barrier(slab)
+            slab = fence(slab)
             product = fence(_product(slab, part, fence, with_offsets=False))
             y = lax.dynamic_update_slice(y, product, (np.int32(j * B), first * LANES))
         return y
@@ -259,12 +261,13 @@ def _scaled_sums(
         return jnp.expand_dims(leaf, axis).astype(jnp.float32)
 
     step, total = _steps(x, layout)
-    exact = split(sums).astype(jnp.float32)
+    # Cut before it is converted: what is converted first XLA stores, and four rows with a residual
+    # take eight times as long.
+    exact = lax.slice_in_dim(sums, 0, B, axis=axis).astype(jnp.float32)
     if rows > B:
-        finer = lax.slice_in_dim(exact, B, rows, axis=axis + 1)
-        exact = lax.slice_in_dim(exact, 0, B, axis=axis + 1)
+        finer = lax.slice_in_dim(sums, B, rows, axis=axis).astype(jnp.float32)
         exact = exact + finer * np.float32(0.5 / _residual_steps(layout))
-    product = exact * of_rows(step)
+    product = split(exact) * of_rows(step)
     if with_offsets and layout.excess:
         product = product + np.float32(layout.excess) * of_rows(total)
     y = _sum_of_groups(of_weight(w.scale) * product)
