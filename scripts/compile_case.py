@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qllama_jax as ql
-from qllama_jax.attention import KEY_BLOCK, STEP_KEY_BLOCK
+from qllama_jax.attention import KEY_BLOCK, QUERY_BLOCK, STEP_KEY_BLOCK
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import prefill
 from qllama_jax.matmul import blocks, xla
@@ -73,16 +73,21 @@ def local_matrices(params: Params) -> Iterator[tuple[int, ...]]:
 def weight_sizes(case: Case, program: str) -> set[int]:
     """Numbers of values that a buffer has if it holds a weight as a whole, and as nothing else."""
     matrices = list(local_matrices(case.params))
-    tokens = case.batch * (1 if program == "decode" else case.prompt)
-    others = {tokens * n for dims in matrices for n in dims}  # activations
-    cached = {math.prod(x.sharding.shard_shape(x.shape)) for x in case.cache.k}
-    blocks_of_keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK)
-    others |= {size // case.context * keys for size in cached for keys in blocks_of_keys}
+    length = 1 if program == "decode" else case.prompt
+    others = {case.batch * length * n for dims in matrices for n in dims}  # activations
+    cached = {x.sharding.shard_shape(x.shape) for x in case.cache.k}
+    keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK)
+    others |= {math.prod(dims) // case.context * n for dims in cached for n in keys}
+    group = case.config.num_heads // case.config.num_kv_heads
+    queries = group * min(length, QUERY_BLOCK)
+    others |= {rows * heads * queries * n for rows, heads, *_ in cached for n in keys}  # scores
+    values = {math.prod(dims) for dims in matrices}
     for tile_values in (xla.TILE_VALUES, blocks.TILE_VALUES):
-        others |= {
-            n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices
-        }  # tiles of larger weights
-    return {math.prod(dims) for dims in matrices} - others
+        tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices}
+        others |= tiles
+        # A scale for 16 or 32 weights, and what tells a super-block's sub-blocks apart.
+        others |= {n // weights for n in tiles | values for weights in (16, 32)}
+    return values - others
 
 
 def dense_layer_bytes(case: Case) -> int:

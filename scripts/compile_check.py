@@ -58,8 +58,10 @@ def check(case: Case, program: str, save: Path | None) -> dict[str, Any]:
     return {
         "program": program,
         "compile_seconds": round(seconds, 1),
-        # None: the libtpu of jax 0.10 does not count them, and tells 0.
+        # None: the libtpu of jax 0.10 does not count them, and tells 0. A TPU's include what is
+        # fetched ahead into its vector memory; the largest buffer is one of main memory.
         "temp_bytes": memory.temp_size_in_bytes or None,
+        "largest_buffer": module.largest_buffer(),
         "argument_bytes": memory.argument_size_in_bytes,
         "collectives": module.collectives(),
         "estimated_cycles": module.estimated_cycles(),
@@ -115,7 +117,9 @@ def show(report: dict[str, Any]) -> None:
     print(f"{report['program']} (compiled in {report['compile_seconds']} s)")
     temporaries = report["temp_bytes"]
     known = f"{megabytes(temporaries)} a device" if temporaries else "not told by this compiler"
+    size, shape = report["largest_buffer"]
     print(f"  temporaries       {known}")
+    print(f"  largest buffer    {megabytes(size)}, {shape}")
     print(f"  arguments         {megabytes(report['argument_bytes'])} a device, as laid out")
     print(f"  between devices   {told}")
     print(f"  dense weights     {dense}")

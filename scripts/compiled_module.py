@@ -28,6 +28,7 @@ _FLOATS = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_PLACED = re.compile(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclass(frozen=True)
@@ -141,4 +142,19 @@ class Module:
                 if kind in _FLOATS:
                     size = _FLOATS[kind] * math.prod(dims)
                     found[dims] = max(size, found.get(dims, 0))
+        return found
+
+    def largest_buffer(self) -> tuple[int, str]:
+        """Bytes and shape of the largest array that is written to a device's main memory.
+
+        A TPU's own fast memories, S(1) and so on in a layout, are left out.
+        """
+        found = (0, "none")
+        for instruction, _ in self.executed():
+            if instruction.opcode in _NO_BUFFER or instruction.opcode.endswith("-start"):
+                continue
+            for kind, bits, dims, layout in _PLACED.findall(instruction.shape):
+                if "S(" not in layout:
+                    size = int(bits) * math.prod(int(n) for n in dims.split(",") if n) // 8
+                    found = max(found, (size, f"{kind}{bits}[{dims}]"))
         return found

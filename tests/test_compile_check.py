@@ -101,8 +101,11 @@ def test_no_program_makes_a_weight_dense_and_a_step_needs_less_than_one_dense_la
         assert temporaries is None  # its libtpu does not count them
     else:
         assert 0 < temporaries < found["dense_layer_bytes"]
-    values = 512 * 512 * 4 + 3 * 512 * 4096  # a layer's
+    # Nor is a packed one copied, of which the largest has half a byte a value and a scale.
+    largest, _ = found["programs"]["decode"]["largest_buffer"]
     devices = math.prod(map(int, found["mesh"].split("x")))
+    assert 0 < largest < 512 * 4096 // 2 // devices
+    values = 512 * 512 * 4 + 3 * 512 * 4096  # a layer's
     assert found["dense_layer_bytes"] == 4 * values // devices
 
 

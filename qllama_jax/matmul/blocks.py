@@ -19,6 +19,13 @@ from qllama_jax.quants import Block
 # A GPU takes up to so many rows one by one, all of them in one pass over the weight.
 FEW_ROWS = 8
 
+# Formats that take so many operations to dequantize that XLA's GPU compiler would do it once for
+# all of these rows and write the dense weight to memory: they are dequantized for each row anew.
+APART = frozenset(
+    {"IQ4_XS", "MXFP4", "NVFP4", "Q8_0 (GGJT v2)"}
+    | {f"{name} (GGJT v{version})" for name in ("Q4_0", "Q4_1") for version in (1, 2)}
+)
+
 # Rows of the smallest product that XLA gives a TPU's matrix unit; a smaller one it sums up lane by
 # lane, in a time that grows with the rows.
 MATRIX_UNIT_ROWS = 8
@@ -91,8 +98,13 @@ def row_by_row(
     the number of rows, unless they are one.
     """
     part = w if first is None else w.slice_rows(first, count)
-    dense = part.dequantize().astype(x.dtype).astype(jnp.float32)
-    return jnp.stack([jnp.sum(dense * row[None], axis=-1) for row in x.astype(jnp.float32)])
+
+    def times(row: Float32[Array, " in"]) -> Float32[Array, " out"]:
+        # The barrier is of the row too: what does not depend on it XLA computes once all the same.
+        blocks, row = lax.optimization_barrier((part, row)) if w.format in APART else (part, row)
+        return jnp.sum(blocks.dequantize().astype(x.dtype).astype(jnp.float32) * row[None], axis=-1)
+
+    return jnp.stack([times(row) for row in x.astype(jnp.float32)])
 
 
 def by_padded_tiles(
