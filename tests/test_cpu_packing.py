@@ -269,7 +269,7 @@ def test_no_weight_is_held_dense(name: str, rows: int):
     assert temporary_bytes(name, rows, tiles, "auto") - output <= dense / 3
 
 
-@each_in_words
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q3_K", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize(("activations", "rows"), [("int8", 1), ("int8x2", 1), ("int8x2", 4)])
 def test_sums_of_integers_are_stored_in_16_bits_alone(name: str, activations: str, rows: int):
     tiles = 128
