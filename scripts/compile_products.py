@@ -28,10 +28,8 @@ MIB = 2**20
 
 def abstract_weight(form: type[Block], out: int, width: int, where: Sharding) -> Block:
     """Shapes of a weight in blocks."""
-    assert form.layout.names is not None
-    assert form.layout.fields is not None
     leading = (out, width // form.block_size)
-    fields = {name: form.layout.fields[name][0] for name in form.layout.names}
+    fields = {name: form.layout[name] for name in form.layout.names or ()}
     return form(
         **{
             name: jax.ShapeDtypeStruct((*leading, *field.shape), field.base, sharding=where)

@@ -101,7 +101,9 @@ def row_by_row(
 
     def times(row: Float32[Array, " in"]) -> Float32[Array, " out"]:
         # The barrier is of the row too: what does not depend on it XLA computes once all the same.
-        blocks, row = lax.optimization_barrier((part, row)) if w.format in APART else (part, row)
+        blocks, row = (
+            lax.optimization_barrier((part, row)) if w.qtype.name in APART else (part, row)
+        )
         return jnp.sum(blocks.dequantize().astype(x.dtype).astype(jnp.float32) * row[None], axis=-1)
 
     return jnp.stack([times(row) for row in x.astype(jnp.float32)])
