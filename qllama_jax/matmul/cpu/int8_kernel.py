@@ -261,8 +261,8 @@ def _scaled_sums(
         return jnp.expand_dims(leaf, axis).astype(jnp.float32)
 
     step, total = _steps(x, layout)
-    # Cut before it is converted: what is converted first XLA stores, and four rows with a residual
-    # take eight times as long.
+    # Cut before it is converted: what is converted first XLA stores, and this stage takes eight
+    # times as long for four rows with a residual.
     exact = lax.slice_in_dim(sums, 0, B, axis=axis).astype(jnp.float32)
     if rows > B:
         finer = lax.slice_in_dim(sums, B, rows, axis=axis).astype(jnp.float32)
