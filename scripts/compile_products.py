@@ -15,7 +15,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 import qllama_jax as ql
@@ -29,13 +29,11 @@ MIB = 2**20
 def abstract_weight(form: type[Block], out: int, width: int, where: Sharding) -> Block:
     """Shapes of a weight in blocks."""
     leading = (out, width // form.block_size)
-    fields = {name: form.layout[name] for name in form.layout.names or ()}
-    return form(
-        **{
-            name: jax.ShapeDtypeStruct((*leading, *field.shape), field.base, sharding=where)
-            for name, field in fields.items()
-        }
-    )
+
+    def shape(field: np.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leading, *field.shape), field.base, sharding=where)
+
+    return form(**{name: shape(form.layout[name]) for name in form.layout.names or ()})
 
 
 def line(form: type[Block], rows: int, size: int, dtype: str, where: Sharding) -> str:
@@ -77,9 +75,7 @@ def main() -> None:
     for qtype, form in FORMATS.items():
         if qtype.name in options.formats:
             for rows in options.rows:
-                print(
-                    line(form, rows, options.size, jnp.dtype(options.dtype).name, where), flush=True
-                )
+                print(line(form, rows, options.size, options.dtype, where), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 COLLECTIVES = {
     "all-reduce",
@@ -23,12 +24,25 @@ COLLECTIVES = {
 }
 # What makes no buffer of its own, or nothing that was not there already.
 _NO_BUFFER = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
-_FLOATS = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+_FLOATS = {"bf16", "f16", "f32", "f64"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_PLACED = re.compile(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Buffer(NamedTuple):
+    """An array of a result; its layout names the memory that holds it, S(1) say, if not the main."""
+
+    kind: str
+    dims: tuple[int, ...]
+    bits: int  # of a number
+    layout: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes without padding."""
+        return math.prod(self.dims) * self.bits // 8
 
 
 @dataclass(frozen=True)
@@ -52,10 +66,14 @@ class Instruction:
         found = re.search(rf'"{key}":(?:\{{"n":)?"?(\d+)', self.text)
         return int(found[1]) if found else None
 
-    def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Type and dimensions of each array of the result."""
-        found = _ARRAY.findall(re.sub(r"\{[^}]*\}", "", self.shape))
-        return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in found]
+    def buffers(self) -> list[Buffer]:
+        """Each array of the result that is written by it."""
+        if self.opcode in _NO_BUFFER:
+            return []
+        return [
+            Buffer(kind, tuple(int(n) for n in dims.split(",") if n), int(bits or 8), layout)
+            for kind, bits, dims, layout in _ARRAY.findall(self.shape)
+        ]
 
 
 class Module:
@@ -134,14 +152,11 @@ class Module:
 
     def float_buffers(self) -> dict[tuple[int, ...], int]:
         """Dimensions of every floating-point array that is written, with its bytes."""
-        found = {}
+        found: dict[tuple[int, ...], int] = {}
         for instruction, _ in self.executed():
-            if instruction.opcode in _NO_BUFFER:
-                continue
-            for kind, dims in instruction.arrays():
-                if kind in _FLOATS:
-                    size = _FLOATS[kind] * math.prod(dims)
-                    found[dims] = max(size, found.get(dims, 0))
+            for buffer in instruction.buffers():
+                if buffer.kind in _FLOATS:
+                    found[buffer.dims] = max(buffer.nbytes, found.get(buffer.dims, 0))
         return found
 
     def largest_buffer(self) -> tuple[int, str]:
@@ -151,10 +166,10 @@ class Module:
         """
         found = (0, "none")
         for instruction, _ in self.executed():
-            if instruction.opcode in _NO_BUFFER or instruction.opcode.endswith("-start"):
-                continue
-            for kind, bits, dims, layout in _PLACED.findall(instruction.shape):
-                if "S(" not in layout:
-                    size = int(bits) * math.prod(int(n) for n in dims.split(",") if n) // 8
-                    found = max(found, (size, f"{kind}{bits}[{dims}]"))
+            # A "-start" tells its operand too; what it writes is the result of its "-done".
+            if not instruction.opcode.endswith("-start"):
+                for buffer in instruction.buffers():
+                    if "S(" not in buffer.layout:
+                        shape = f"{buffer.kind}{list(buffer.dims)}".replace(" ", "")
+                        found = max(found, (buffer.nbytes, shape))
         return found

@@ -100,10 +100,10 @@ def row_by_row(
     part = w if first is None else w.slice_rows(first, count)
 
     def times(row: Float32[Array, " in"]) -> Float32[Array, " out"]:
-        # The barrier is of the row too: what does not depend on it XLA computes once all the same.
-        blocks, row = (
-            lax.optimization_barrier((part, row)) if w.qtype.name in APART else (part, row)
-        )
+        blocks = part
+        if w.qtype.name in APART:
+            # Of the row too: what does not depend on it XLA computes once all the same.
+            blocks, row = lax.optimization_barrier((part, row))
         return jnp.sum(blocks.dequantize().astype(x.dtype).astype(jnp.float32) * row[None], axis=-1)
 
     return jnp.stack([times(row) for row in x.astype(jnp.float32)])

@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, results: Results) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "engines.log").open("w") as log:
         results.of(machine.name(), versions(chosen, log))
-        results.about["bandwidth"] = machine.memory_bandwidth()
+        results.bandwidth = machine.memory_bandwidth()
         for name, model in files.items():
             results.about["models"][name] = {
                 "file_bytes": model.file_bytes,

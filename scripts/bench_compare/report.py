@@ -27,24 +27,26 @@ def write(results: Results) -> None:
 def about(results: Results) -> str:
     """Machine and versions."""
     versions = ", ".join(results.about["versions"].values())
-    bandwidth = results.about["bandwidth"] / 1e9
-    return f"{results.about['machine']}; {bandwidth:.1f} GB/s of memory; {versions}."
+    known = [n / 1e9 for rows in results.about["bandwidth"].values() for n in rows.values() if n]
+    bandwidth = " to ".join(dict.fromkeys(f"{f(known):.1f}" for f in (min, max))) if known else "?"
+    return f"{results.about['machine']}; {bandwidth} GB/s of memory; {versions}."
 
 
 def decoding(results: Results) -> str:
     """Tokens a second, and what share of the memory's bandwidth reads the weights at that rate."""
     lines = []
     for model, rows in results.rows.items():
-        sizes, bandwidth = results.about["models"][model], results.about["bandwidth"]
+        sizes = results.about["models"][model]
         for row in ("decode", "decode, int8x2"):
             rounds = rows.get(row, {})
             ours = median(rounds, OURS)
             if ours is None:
                 continue
-            share = ours * sizes["step_bytes"] / bandwidth
+            bandwidth = results.about["bandwidth"][model].get(row)
+            share = ours * sizes["step_bytes"] / bandwidth if bandwidth else None
             name = model if row == "decode" else f"{model}, int8x2"
             others = [ratio(rounds, OURS, other) for other in (CANDLE, MISTRALRS)]
-            lines.append([name, *beside_llama_cpp(rounds), f"{share:.2f}", *others])
+            lines.append([name, *beside_llama_cpp(rounds), optional(share, ".2f"), *others])
     return table(
         "tokens/s | qllama_jax | llama.cpp | ratio | lowest and highest | of the bandwidth"
         " | to candle | to mistral.rs",

@@ -18,6 +18,7 @@ class Results:
         self.path = path
         self.about: dict[str, Any] = {}
         self.rows: dict[str, dict[str, Rounds]] = {}
+        self.bandwidth: float | None = None  # bytes a second in this run
         self._begun: set[tuple[str, str]] = set()
         if path.exists():
             found = json.loads(path.read_text())
@@ -35,6 +36,7 @@ class Results:
                 del row[name]
         self.about |= {"machine": machine, "versions": known | versions}
         self.about.setdefault("models", {})
+        self.about.setdefault("bandwidth", {})
 
     def add(self, model: str, row: str, engine: str, value: float) -> None:
         """Put a round's value into the file; the first of this run clears what was there."""
@@ -42,6 +44,8 @@ class Results:
         if (model, row) not in self._begun:
             self._begun.add((model, row))
             rounds.clear()
+            # A row is of its own run, which may have found the memory slower or faster.
+            self.about["bandwidth"].setdefault(model, {})[row] = self.bandwidth
         rounds.setdefault(engine, []).append(float(f"{value:.5g}"))
         self.save()
 
