@@ -32,7 +32,7 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Buffer(NamedTuple):
-    """An array of a result; its layout names the memory that holds it, S(1) say, if not the main."""
+    """An array of a result; its layout names the memory it is in, S(1) say, unless main memory."""
 
     kind: str
     dims: tuple[int, ...]
