@@ -6,6 +6,8 @@ heads a kv head, H head size.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from qllama_jax.sharding import Partitioning, spec
 # s of one core so, 0.34 to 0.43 s with larger or smaller blocks, 1.9 s with all keys at once.
 QUERY_BLOCK = 128
 KEY_BLOCK = 128
+# A GPU starts a kernel for each step of each block, in some microseconds.
+GPU_QUERY_BLOCK = 512
+GPU_KEY_BLOCK = 512
 # For a query a row. Blocks are copied out of the cache, so all keys of a full cache are faster at
 # once: 8 heads on each of 4 kv heads of 64 take 232 us with 2,048 keys at once and 440 in blocks,
 # but where half of them are filled 230 in blocks, and where 64 are, 65.
@@ -74,19 +79,41 @@ def attention(
     q = (q * np.asarray(H**-0.5, q.dtype)).reshape(B, T, K, N // K, H)
     if T == 1:
         return _one_query(q[:, 0], k, v, positions).reshape(B, T, N, H)
-    size = min(T, QUERY_BLOCK)
+    return _by_platform(
+        functools.partial(_in_chunks, query_block=QUERY_BLOCK, key_block=KEY_BLOCK, leave_out=True),
+        functools.partial(
+            _in_chunks, query_block=GPU_QUERY_BLOCK, key_block=GPU_KEY_BLOCK, leave_out=False
+        ),
+        (q, k, v, positions),
+    )
+
+
+def _in_chunks(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
+    positions: Int32[Array, "B T"],
+    *,
+    query_block: int,
+    key_block: int,
+    leave_out: bool,
+) -> Float[Array, "B T N H"]:
+    """Attend with a block of queries at a time, each to a block of keys at a time."""
+    B, T, K, G, H = q.shape
+    size = min(T, query_block)
     chunks = -(-T // size)
     more = chunks * size - T  # queries that fill up the last chunk; they see the first key
     q = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
     positions = jnp.pad(positions, ((0, 0), (0, more)))
     # [chunks, B, K, G, size, H]: a product a kv head, with all of its queries as rows
-    q = q.reshape(B, chunks, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
+    q = q.reshape(B, chunks, size, K, G, H).transpose(1, 0, 3, 4, 2, 5)
     positions = positions.reshape(B, chunks, size).swapaxes(0, 1)
-    if chunks == 1:
-        out = _in_blocks(q[0], k, v, positions[0], KEY_BLOCK)[None]
-    else:
-        out = lax.map(lambda part: _in_blocks(part[0], k, v, part[1], KEY_BLOCK), (q, positions))
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, N, H)[:, :T]
+
+    def attend(part: tuple[Array, Array]) -> Array:
+        return _in_blocks(part[0], k, v, part[1], key_block, leave_out=leave_out)
+
+    out = attend((q[0], positions[0]))[None] if chunks == 1 else lax.map(attend, (q, positions))
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, K * G, H)[:, :T]
 
 
 def _one_query(
@@ -100,11 +127,25 @@ def _one_query(
     if S <= 2 * STEP_KEY_BLOCK:
         return _at_once(q, k, v, positions)
 
-    def in_blocks() -> Array:
-        return _in_blocks(q[:, :, :, None], k, v, positions, STEP_KEY_BLOCK)[:, :, :, 0]
+    def in_blocks(q: Array, k: Array, v: Array, positions: Array) -> Array:
+        part = _in_blocks(q[:, :, :, None], k, v, positions, STEP_KEY_BLOCK, leave_out=True)
+        return part[:, :, :, 0]
 
-    half_empty = positions.max() < S // 2
-    return lax.cond(half_empty, in_blocks, lambda: _at_once(q, k, v, positions))
+    def as_filled(q: Array, k: Array, v: Array, positions: Array) -> Array:
+        half_empty = positions.max() < S // 2
+        return lax.cond(half_empty, in_blocks, _at_once, q, k, v, positions)
+
+    return _by_platform(as_filled, _at_once, (q, k, v, positions))
+
+
+def _by_platform(
+    function: Callable[..., Array], on_a_gpu: Callable[..., Array], arguments: tuple[Array, ...]
+) -> Array:
+    """Call the one that is for the platform of which the trace is lowered.
+
+    A GPU has the host decide at every branch, and waits for it.
+    """
+    return lax.platform_dependent(*arguments, cuda=on_a_gpu, rocm=on_a_gpu, default=function)
 
 
 def _at_once(
@@ -129,10 +170,12 @@ def _in_blocks(
     v: Float[Array, "B K S H"],
     positions: Int32[Array, "B T"],
     block_size: int,
+    *,
+    leave_out: bool,
 ) -> Float[Array, "B K G T H"]:
     """Attend to a block of keys at a time (Milakov & Gimelshein 2018).
 
-    Blocks that no query sees are left out.
+    With `leave_out` not to blocks that no query sees.
     """
     B, K, G, T, H = q.shape
     S = v.shape[2]
@@ -157,6 +200,8 @@ def _in_blocks(
         return _Sums(largest, old * sums.total + weights.sum(-1), old[..., None] * sums.out + out)
 
     def add_seen_block(sums: _Sums, block: Int32[Array, ""]) -> tuple[_Sums, None]:
+        if not leave_out:
+            return add_block(sums, block), None
         seen = block * size <= last
         return lax.cond(seen, add_block, lambda sums, _: sums, sums, block), None
 

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import qllama_jax as ql
-from qllama_jax.attention import KEY_BLOCK, QUERY_BLOCK, STEP_KEY_BLOCK
+from qllama_jax.attention import (
+    GPU_KEY_BLOCK,
+    GPU_QUERY_BLOCK,
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    STEP_KEY_BLOCK,
+)
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import prefill
 from qllama_jax.matmul import blocks, xla
@@ -76,11 +82,12 @@ def weight_sizes(case: Case, program: str) -> set[int]:
     length = 1 if program == "decode" else case.prompt
     others = {case.batch * length * n for dims in matrices for n in dims}  # activations
     cached = {x.sharding.shard_shape(x.shape) for x in case.cache.k}
-    keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK)
+    keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK, GPU_KEY_BLOCK)
     others |= {math.prod(dims) // case.context * n for dims in cached for n in keys}
     group = case.config.num_heads // case.config.num_kv_heads
-    queries = group * min(length, QUERY_BLOCK)
-    others |= {rows * heads * queries * n for rows, heads, *_ in cached for n in keys}  # scores
+    for queries in (min(length, QUERY_BLOCK), min(length, GPU_QUERY_BLOCK)):
+        scores = group * queries
+        others |= {rows * heads * scores * n for rows, heads, *_ in cached for n in keys}
     values = {math.prod(dims) for dims in matrices}
     for tile_values in (xla.TILE_VALUES, blocks.TILE_VALUES):
         tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,8 +144,19 @@ def temp_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
+@pytest.fixture(params=["this platform's", "a GPU's"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as it is lowered for the platform that the tests run on, and for a GPU."""
+    if request.param == "a GPU's":
+        monkeypatch.setattr(
+            "qllama_jax.attention._by_platform",
+            lambda function, on_a_gpu, arguments: on_a_gpu(*arguments),
+        )
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(
-    ("T", "S"), [(1, 513), (1, 700), (2, 300), (130, 300), (256, 256), (300, 417)]
+    ("T", "S"), [(1, 513), (1, 700), (2, 300), (130, 300), (256, 256), (300, 417), (520, 1100)]
 )
 def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
     # Neither number divides into blocks, the rows are at different positions, the last key unseen.
@@ -183,8 +196,30 @@ def test_a_long_prompt_needs_room_for_a_block_of_scores_not_for_all():
     assert temp_bytes(compiled) <= 0.25 * (2 * T * S * 4)
 
 
+@pytest.mark.parametrize(("T", "S"), [(1, 4096), (512, 4096)])
+def test_a_gpu_is_given_attention_without_branches(T: int, S: int):
+    # At each the host waits for the device: 22 layers took 1.4 times as long with one in each.
+    q, k, v = (
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, T, 4, 8), (1, 2, 8, S), (1, 2, S, 8))
+    )
+    positions = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def branches(platform: str, function: Any, *arguments: Any) -> int:
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("stablehlo.case")
+
+    def choice(q: jax.Array) -> jax.Array:  # of a platform, which XLA makes when it compiles
+        return jax.lax.platform_dependent(q, cuda=jnp.sin, rocm=jnp.sin, default=jnp.cos)
+
+    for platform in ("cuda", "rocm"):
+        assert branches(platform, attention, q, k, v, positions) == branches(platform, choice, q)
+    assert branches("cpu", attention, q, k, v, positions) > branches("cpu", choice, q)
+
+
 def test_keys_that_no_query_of_a_block_sees_cost_nothing():
     # Infinite values would make NaN of a weight of zero: their blocks are not looked at.
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU looks at all blocks")
     q, k, v = normal(1, 2, 2, 4), normal(1, 1, 4, 300), normal(1, 1, 300, 4)
     v[:, :, 128:] = np.inf
     positions = np.asarray([[100, 101]], np.int32)
@@ -192,6 +227,7 @@ def test_keys_that_no_query_of_a_block_sees_cost_nothing():
     assert_close(found, attention64(q, k, v, positions))
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("filled", [1, 256, 257, 349, 350, 351, 700])
 def test_one_query_a_row_is_the_formula_however_much_of_the_cache_is_filled(filled: int):
     S = 700  # more than half filled is computed at once, less in blocks

@@ -308,8 +308,9 @@ def test_every_expert_of_a_stack_multiplies_as_it_does_alone(stacks: MoEBlock, a
         found = matmul_expert(x, stack, jnp.int32(e), activations=activations)
         np.testing.assert_array_equal(found, alone)
         plain = stack.dequantize()
+        wanted = np.asarray(x, np.float64) @ np.asarray(plain[e], np.float64).T
         np.testing.assert_allclose(
-            matmul_expert(x, plain, jnp.int32(e)), x @ plain[e].T, rtol=1e-5, atol=1e-5
+            matmul_expert(x, plain, jnp.int32(e)), wanted, rtol=1e-5, atol=1e-5
         )
 
 

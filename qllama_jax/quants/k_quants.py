@@ -9,7 +9,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
-from jax import lax
 from jaxtyping import Array, Float32, UInt8
 
 from qllama_jax.quants.bits import as_float, bit_fields, rows, signed
@@ -28,13 +27,16 @@ def _six_bit_scales(
     scales: UInt8[Array, "*lead 12"],
 ) -> tuple[UInt8[Array, "*lead 8"], UInt8[Array, "*lead 8"]]:
     """Unpack the 8 scales and 8 mins of Q4_K and Q5_K. ggml: get_scale_min_k4."""
-    low_sc, low_m, high = jnp.split(scales, 3, axis=-1)
+    *lead, _ = scales.shape
+    low_sc, low_m, high = (part[..., None, :] for part in jnp.split(scales, 3, axis=-1))
     six, two, four = np.uint8(0x3F), np.uint8(0x30), np.uint8(0x0F)
-    sc = jnp.concatenate([low_sc & six, (high & four) | ((low_sc >> np.uint8(2)) & two)], -1)
-    m = jnp.concatenate([low_m & six, (high >> np.uint8(4)) | ((low_m >> np.uint8(2)) & two)], -1)
-    # Fused into the product they turn XLA's CPU code for it scalar: Q4_K at one row runs at 2.0
-    # billion weights a second with this fence and at 0.16 without (jax 0.12, two cores).
-    return lax.optimization_barrier((sc, m))
+    # Chosen by index, not concatenated: around a concatenation XLA's CPU code for the product is
+    # scalar (0.16 billion weights a second in place of 2.0, jax 0.12, two cores), and its GPU
+    # compiler makes two kernels of it.
+    first = np.asarray([True, False]).reshape((1,) * len(lead) + (2, 1))
+    sc = jnp.where(first, low_sc & six, (high & four) | ((low_sc >> np.uint8(2)) & two))
+    m = jnp.where(first, low_m & six, (high >> np.uint8(4)) | ((low_m >> np.uint8(2)) & two))
+    return sc.reshape(*lead, 8), m.reshape(*lead, 8)
 
 
 def _affine(
