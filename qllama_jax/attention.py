@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -23,7 +24,7 @@ from qllama_jax.sharding import Partitioning, spec
 # s of one core so, 0.34 to 0.43 s with larger or smaller blocks, 1.9 s with all keys at once.
 QUERY_BLOCK = 128
 KEY_BLOCK = 128
-# A GPU starts a kernel for each step of each block, in some microseconds.
+# A GPU starts some kernels for each block, in microseconds each: larger ones. Not tuned.
 GPU_QUERY_BLOCK = 512
 GPU_KEY_BLOCK = 512
 # For a query a row. Blocks are copied out of the cache, so all keys of a full cache are faster at
@@ -80,9 +81,11 @@ def attention(
     if T == 1:
         return _one_query(q[:, 0], k, v, positions).reshape(B, T, N, H)
     return _by_platform(
-        functools.partial(_in_chunks, query_block=QUERY_BLOCK, key_block=KEY_BLOCK, leave_out=True),
         functools.partial(
-            _in_chunks, query_block=GPU_QUERY_BLOCK, key_block=GPU_KEY_BLOCK, leave_out=False
+            _in_chunks, query_block=QUERY_BLOCK, key_block=KEY_BLOCK, skip_unseen=True
+        ),
+        functools.partial(
+            _in_chunks, query_block=GPU_QUERY_BLOCK, key_block=GPU_KEY_BLOCK, skip_unseen=False
         ),
         (q, k, v, positions),
     )
@@ -96,7 +99,7 @@ def _in_chunks(
     *,
     query_block: int,
     key_block: int,
-    leave_out: bool,
+    skip_unseen: bool,
 ) -> Float[Array, "B T N H"]:
     """Attend with a block of queries at a time, each to a block of keys at a time."""
     B, T, K, G, H = q.shape
@@ -110,7 +113,7 @@ def _in_chunks(
     positions = positions.reshape(B, chunks, size).swapaxes(0, 1)
 
     def attend(part: tuple[Array, Array]) -> Array:
-        return _in_blocks(part[0], k, v, part[1], key_block, leave_out=leave_out)
+        return _in_blocks(part[0], k, v, part[1], key_block, skip_unseen=skip_unseen)
 
     out = attend((q[0], positions[0]))[None] if chunks == 1 else lax.map(attend, (q, positions))
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, K * G, H)[:, :T]
@@ -122,14 +125,14 @@ def _one_query(
     v: Float[Array, "B K S H"],
     positions: Int32[Array, "B 1"],
 ) -> Float[Array, "B K G H"]:
-    """Attend in a time that follows what is filled, not the room that there is."""
+    """Attend in a time that follows what is filled, not the room that there is, but on a GPU."""
     S = v.shape[2]
     if S <= 2 * STEP_KEY_BLOCK:
         return _at_once(q, k, v, positions)
 
     def in_blocks(q: Array, k: Array, v: Array, positions: Array) -> Array:
-        part = _in_blocks(q[:, :, :, None], k, v, positions, STEP_KEY_BLOCK, leave_out=True)
-        return part[:, :, :, 0]
+        out = _in_blocks(q[:, :, :, None], k, v, positions, STEP_KEY_BLOCK, skip_unseen=True)
+        return out[:, :, :, 0]
 
     def as_filled(q: Array, k: Array, v: Array, positions: Array) -> Array:
         half_empty = positions.max() < S // 2
@@ -139,13 +142,17 @@ def _one_query(
 
 
 def _by_platform(
-    function: Callable[..., Array], on_a_gpu: Callable[..., Array], arguments: tuple[Array, ...]
+    elsewhere: Callable[..., Array], on_a_gpu: Callable[..., Array], arguments: tuple[Array, ...]
 ) -> Array:
-    """Call the one that is for the platform of which the trace is lowered.
+    """Call the one for the platform that the trace is lowered for.
 
-    A GPU has the host decide at every branch, and waits for it.
+    On a GPU the host decides at every branch, and has to wait for the device.
     """
-    return lax.platform_dependent(*arguments, cuda=on_a_gpu, rocm=on_a_gpu, default=function)
+    call = functools.partial(
+        lax.platform_dependent, cuda=on_a_gpu, rocm=on_a_gpu, default=elsewhere
+    )
+    # A gradient would keep what either needs, zeros for the one that is not lowered.
+    return jax.checkpoint(call)(*arguments)
 
 
 def _at_once(
@@ -171,11 +178,11 @@ def _in_blocks(
     positions: Int32[Array, "B T"],
     block_size: int,
     *,
-    leave_out: bool,
+    skip_unseen: bool,
 ) -> Float[Array, "B K G T H"]:
     """Attend to a block of keys at a time (Milakov & Gimelshein 2018).
 
-    With `leave_out` not to blocks that no query sees.
+    With `skip_unseen` blocks that no query sees are not looked at.
     """
     B, K, G, T, H = q.shape
     S = v.shape[2]
@@ -200,7 +207,7 @@ def _in_blocks(
         return _Sums(largest, old * sums.total + weights.sum(-1), old[..., None] * sums.out + out)
 
     def add_seen_block(sums: _Sums, block: Int32[Array, ""]) -> tuple[_Sums, None]:
-        if not leave_out:
+        if not skip_unseen:
             return add_block(sums, block), None
         seen = block * size <= last
         return lax.cond(seen, add_block, lambda sums, _: sums, sums, block), None

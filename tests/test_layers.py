@@ -150,7 +150,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if request.param == "a GPU's":
         monkeypatch.setattr(
             "qllama_jax.attention._by_platform",
-            lambda function, on_a_gpu, arguments: on_a_gpu(*arguments),
+            lambda elsewhere, on_a_gpu, arguments: on_a_gpu(*arguments),
         )
 
 
@@ -166,8 +166,9 @@ def test_a_long_prompt_in_blocks_is_the_formula(T: int, S: int):
     assert_close(found, attention64(q, k, v, positions))
 
 
-def test_attention_in_blocks_has_the_gradient_of_the_formula():
-    T, S = 130, 140
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize(("T", "S"), [(130, 140), (520, 560)])
+def test_attention_in_blocks_has_the_gradient_of_the_formula(T: int, S: int):
     arguments = [normal(1, T, 2, 4), normal(1, 1, 4, S), normal(1, 1, S, 4)]
     positions = (np.arange(T) + 3)[None].astype(np.int32)
 
@@ -189,7 +190,7 @@ def test_attention_in_blocks_has_the_gradient_of_the_formula():
 
 
 def test_a_long_prompt_needs_room_for_a_block_of_scores_not_for_all():
-    T = S = 1024
+    T = S = 2048
     q, k, v = normal(1, T, 2, 4), normal(1, 1, 4, S), normal(1, 1, S, 4)
     positions = np.arange(T)[None].astype(np.int32)
     compiled = jax.jit(lambda *a: attention(*a)).lower(q, k, v, positions).compile()
@@ -198,7 +199,8 @@ def test_a_long_prompt_needs_room_for_a_block_of_scores_not_for_all():
 
 @pytest.mark.parametrize(("T", "S"), [(1, 4096), (512, 4096)])
 def test_a_gpu_is_given_attention_without_branches(T: int, S: int):
-    # At each the host waits for the device: 22 layers took 1.4 times as long with one in each.
+    # At each the host waits for the device: a step of 22 layers took 1.24 times as long with one in
+    # each (H100).
     q, k, v = (
         jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, T, 4, 8), (1, 2, 8, S), (1, 2, S, 8))
     )
@@ -238,6 +240,8 @@ def test_one_query_a_row_is_the_formula_however_much_of_the_cache_is_filled(fill
 
 
 def test_one_query_looks_at_no_more_blocks_of_a_large_cache_than_are_filled():
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU looks at all keys")
     q, k, v = normal(1, 1, 2, 4), normal(1, 1, 4, 2048), normal(1, 1, 2048, 4)
     v[:, :, 256:] = np.inf  # would make NaN of a weight of zero
     positions = np.asarray([[255]], np.int32)

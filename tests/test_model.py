@@ -487,6 +487,28 @@ def test_gradients_equal_differences_of_the_float64_reference(differentiated: Di
 # jit, vmap, scan
 
 
+def test_a_gradient_keeps_no_scores_of_attention(tiny_llama: Any):
+    T, heads = 512, 4
+
+    def temp_bytes(layers: int) -> int:
+        model = ql.load(tiny_llama(layers=layers, context_length=T), layout="file")
+
+        def loss(embeddings: Array) -> Array:
+            cache = ql.init_cache(model.config, 1, T)
+            hidden, _, _ = ql.hidden_states(
+                model.params, None, cache, config=model.config, inputs_embeds=embeddings
+            )
+            return (hidden**2).mean()
+
+        embeddings = jax.ShapeDtypeStruct((1, T, model.config.embed_dim), jnp.float32)
+        analysis = jax.jit(jax.grad(loss)).lower(embeddings).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    # Of some arrays of scores, [heads, T, T], that a layer computes; kept, they were five.
+    assert temp_bytes(4) - temp_bytes(2) < 2 * 2.5 * (4 * heads * T * T)
+
+
 def test_forward_nests_in_jit(small: Small):
     @jax.jit
     def nested(tokens: jax.Array, cache: ql.KVCache) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["SECURITY.md", "docs/reliability.md", "docs/status.md"]
-NAMED = re.compile(r"(test_\w+\.py)(?:::(\w+)| -k (?:\"([^\"]+)\"|(\w+)))?")
+NAMED = re.compile(r"(?:tests/)?((?:\w+/)?test_\w+\.py)(?:::(\w+)| -k (?:\"([^\"]+)\"|(\w+)))?")
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def row_by_row(
     def times(row: Float32[Array, " in"]) -> Float32[Array, " out"]:
         blocks = part
         if w.qtype.name in APART:
-            # Of the row too: what does not depend on it XLA computes once all the same.
+            # The barrier holds the row too: what does not depend on one XLA computes once for all.
             blocks, row = lax.optimization_barrier((part, row))
         return jnp.sum(blocks.dequantize().astype(x.dtype).astype(jnp.float32) * row[None], axis=-1)
 

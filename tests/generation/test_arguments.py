@@ -11,26 +11,15 @@ import numpy as np
 import pytest
 
 import qllama_jax as ql
+from generation_calls import PROMPTS
 from qllama_jax.decoding_arguments import stop_ids
 from qllama_jax.row_text import stop_strings
 from qllama_jax.sampling_ranges import read_logit_bias
 from qllama_jax.session_arguments import keys_of
 from reference import Reference
 
-PROMPTS = [[5, 17, 300, 42, 9], [7], [11, 12, 13, 250, 251, 252, 253, 254, 100, 101, 102, 3, 8]]
 
-
-@pytest.fixture(scope="module")
-def path(tiny_llama):
-    return tiny_llama("Q4_0", context_length=4096)
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    return ql.load(path, layout="file")
-
-
-def generate_tokens(model, stop_tokens, **fields):
+def six_tokens(model, stop_tokens, **fields):
     """Six tokens after the first prompt, jitted."""
     static = ("config", "max_new_tokens", "activations")
     return jax.jit(ql.generate_tokens, static_argnames=static)(
@@ -167,14 +156,14 @@ def test_the_pure_functions_refuse_concrete_parameters_out_of_range(model, name)
 
 def test_a_traced_bias_of_another_shape_is_refused_by_its_name(model):
     with pytest.raises(ValueError, match=r"^logit_bias: .* \(1, 384\), found shape \(1, 7\)"):
-        generate_tokens(model, [], logit_bias=jnp.zeros((1, 7)))
+        six_tokens(model, [], logit_bias=jnp.zeros((1, 7)))
 
 
 def test_stop_tokens_may_be_a_list(model, path):
     tokens = Reference(path).greedy(PROMPTS[0], 6)
     end = tokens.index(tokens[3]) + 1
     for stop, length in (([383, tokens[3]], end), ([], 6)):
-        out = generate_tokens(model, stop)
+        out = six_tokens(model, stop)
         assert out.tokens[0, : int(out.lengths[0])].tolist() == tokens[:length]
 
 
