@@ -493,7 +493,7 @@ def test_a_gradient_keeps_no_scores_of_attention(tiny_llama: Any):
     def temp_bytes(layers: int) -> int:
         model = ql.load(tiny_llama(layers=layers, context_length=T), layout="file")
 
-        def loss(embeddings: Array) -> Array:
+        def loss(embeddings: jax.Array) -> jax.Array:
             cache = ql.init_cache(model.config, 1, T)
             hidden, _, _ = ql.hidden_states(
                 model.params, None, cache, config=model.config, inputs_embeds=embeddings
