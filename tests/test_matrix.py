@@ -33,6 +33,7 @@ EXPLAINED = 1.25
 # rounding makes 3e-4; the median is 2e-4 on a CPU with AVX-512.
 ALIKE = 2e-6
 ALIKE_F16 = 1e-4
+ALIKE_F16_MEDIAN = 1e-3  # the first positions alone would not know a wrong attention
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_logits_are_llama_cpps_when_all_round_activations_alike(distances_of, na
     assert np.median(found.reference_left) <= ALIKE
     if name == "F16":
         assert found.left.min() <= ALIKE_F16
+        assert np.median(found.left) <= ALIKE_F16_MEDIAN
     else:
         assert np.median(found.left) <= ALIKE
 
