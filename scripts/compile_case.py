@@ -85,9 +85,9 @@ def weight_sizes(case: Case, program: str) -> set[int]:
     keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK, GPU_KEY_BLOCK)
     others |= {math.prod(dims) // case.context * n for dims in cached for n in keys}
     group = case.config.num_heads // case.config.num_kv_heads
-    for queries in (min(length, QUERY_BLOCK), min(length, GPU_QUERY_BLOCK)):
-        scores = group * queries
-        others |= {rows * heads * scores * n for rows, heads, *_ in cached for n in keys}
+    for block in (QUERY_BLOCK, GPU_QUERY_BLOCK):
+        queries = group * min(length, block)
+        others |= {rows * heads * queries * n for rows, heads, *_ in cached for n in keys}  # scores
     values = {math.prod(dims) for dims in matrices}
     for tile_values in (xla.TILE_VALUES, blocks.TILE_VALUES):
         tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices}

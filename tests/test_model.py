@@ -484,9 +484,6 @@ def test_gradients_equal_differences_of_the_float64_reference(differentiated: Di
     assert np.abs(by_steer - wanted).max() / np.abs(wanted).max() <= GRADIENT
 
 
-# jit, vmap, scan
-
-
 def test_a_gradient_keeps_no_scores_of_attention(tiny_llama: Any):
     T, heads = 512, 4
 
@@ -507,6 +504,9 @@ def test_a_gradient_keeps_no_scores_of_attention(tiny_llama: Any):
 
     # Of some arrays of scores, [heads, T, T], that a layer computes; kept, they were five.
     assert temp_bytes(4) - temp_bytes(2) < 2 * 2.5 * (4 * heads * T * T)
+
+
+# jit, vmap, scan
 
 
 def test_forward_nests_in_jit(small: Small):

@@ -31,8 +31,8 @@ def _six_bit_scales(
     low_sc, low_m, high = (part[..., None, :] for part in jnp.split(scales, 3, axis=-1))
     six, two, four = np.uint8(0x3F), np.uint8(0x30), np.uint8(0x0F)
     # Chosen by index, not concatenated: around a concatenation XLA's CPU code for the product is
-    # scalar unless that is fenced off (0.16 and 2.0 billion weights a second, jax 0.12, two cores;
-    # this is as fast as with the fence), and its GPU compiler makes two kernels more.
+    # scalar unless that is fenced off. Beside the fence this is as fast within 5 % on jax 0.12 and
+    # twice as fast on 0.10; on an H100 a step of Q4_K_M takes 1.65 ms for 1.84.
     first = np.asarray([True, False]).reshape((1,) * len(lead) + (2, 1))
     sc = jnp.where(first, low_sc & six, (high & four) | ((low_sc >> np.uint8(2)) & two))
     m = jnp.where(first, low_m & six, (high >> np.uint8(4)) | ((low_m >> np.uint8(2)) & two))
