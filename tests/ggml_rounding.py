@@ -60,11 +60,18 @@ def _integers(x: Any, size: int, xp: ModuleType) -> tuple[Any, Any]:
 
 
 def _through(x: Any, dtype: str, xp: ModuleType) -> Any:
-    narrow = x.astype(jnp.dtype(dtype))
-    if xp is jnp:  # XLA may leave out a rounding that looks like one there and back
-        bits = lax.bitcast_convert_type(narrow, jnp.uint16)
-        narrow = lax.bitcast_convert_type(bits, jnp.dtype(dtype))
-    return narrow.astype(x.dtype)
+    """Round to float16 or bfloat16, finite ones, and back."""
+    if xp is np:
+        return x.astype(jnp.dtype(dtype)).astype(x.dtype)
+    # In integers: XLA leaves out a conversion there and back, on a GPU one through the bits too.
+    lost = 13 if dtype == "float16" else 16
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + np.uint32(2 ** (lost - 1) - 1) + ((bits >> np.uint32(lost)) & np.uint32(1))
+    normal = lax.bitcast_convert_type(bits & np.uint32(2**32 - 2**lost), jnp.float32)
+    if dtype == "bfloat16":
+        return normal
+    subnormal = jnp.round(x * np.float32(2**24)) * np.float32(2**-24)
+    return jnp.where(jnp.abs(x) < np.float32(2**-14), subnormal, normal)
 
 
 class RoundedReference(Reference):

@@ -36,7 +36,8 @@ PROMPT = 6
 
 
 def make_mesh(shape, types=AxisType.Auto, names=("data", "model")):
-    return jax.make_mesh(shape, names, axis_types=(types,) * len(shape))
+    axis_types = (types,) * len(shape)
+    return jax.make_mesh(shape, names, axis_types=axis_types, devices=jax.devices("cpu"))
 
 
 def logits_of(model, tokens, mesh=None):

@@ -19,6 +19,7 @@ from blocks import random_blocks
 from qllama_jax.matmul.cpu import LAYOUTS, pack
 from qllama_jax.matmul.cpu.weight import LANES
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
 NUMBERS = [name for name in LAYOUTS if not LAYOUTS[name].words]
 # An instruction of a module's text: its type, its sizes, its operation.

@@ -16,6 +16,7 @@ from blocks import BLOCK_SIZES, blocks_like, dequantize, random_blocks
 from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, pack
 from qllama_jax.matmul.cpu.weight import LANES
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 every_format = pytest.mark.parametrize("name", list(LAYOUTS))
 IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
 each_in_words = pytest.mark.parametrize("name", IN_WORDS)

@@ -33,9 +33,13 @@ MATRIX_UNIT_ROWS = 8
 # A TPU has so many numbers side by side: the blocks of a row, where a block has fewer fields.
 LANES = 128
 
-# Values of a dequantized tile there: 16 MiB of float32, which a TPU's vector memory and an H100's
-# cache hold, and which keep them busy. A CPU's is smaller, see `xla.TILE_VALUES`.
+# Values of a dequantized tile there: 16 MiB of float32, which a TPU's vector memory holds. A CPU's
+# is smaller, see `xla.TILE_VALUES`.
 TILE_VALUES = 2**22
+
+# Values that a GPU dequantizes at once for many rows: 32 MiB of bfloat16, which an H100's cache
+# holds. Each tile costs six kernels to launch.
+GPU_TILE_VALUES = 2**24
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -57,7 +61,7 @@ def matmul_blocks(
         tpu=functools.partial(by_padded_tiles, count=count),
         default=functools.partial(row_by_row, count=count)
         if few
-        else functools.partial(by_tiles, count=count, tile_values=TILE_VALUES),
+        else functools.partial(by_large_tiles, count=count),
     )
     return y.reshape(*batch, count).astype(x.dtype)
 
@@ -87,6 +91,18 @@ def by_tiles(
 ) -> Float32[Array, "B out"]:
     """Multiply a tile of rows at a time."""
     return xla.by_tiles(x, w, _start(first), count, tile_values=tile_values)
+
+
+def by_large_tiles(
+    x: Float[Array, "B in"], w: Block, first: Array | None, count: int
+) -> Float32[Array, "B out"]:
+    """Multiply as few tiles of rows at a time as a GPU's memory is spared with, mostly one."""
+    if count * w.shape[-1] > GPU_TILE_VALUES:
+        return by_tiles(x, w, first, count, GPU_TILE_VALUES)
+    part = w if first is None else w.slice_rows(first, count)
+    # The barrier holds x too: what waits for nothing may be made dense long before its turn.
+    part, x = lax.optimization_barrier((part, x))
+    return xla.dot(x, part.dequantize_transposed())
 
 
 def row_by_row(

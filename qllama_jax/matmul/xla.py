@@ -104,7 +104,7 @@ def by_tiles(
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
-        product = _dot(x, tile.dense)
+        product = dot(x, tile.dense)
         return lax.dynamic_update_slice(y, product, (np.int32(0), tile.start))
 
     init = jnp.zeros((x.shape[0], count), jnp.float32)
@@ -132,7 +132,7 @@ def pull_back(
 
     def add_tile(tile: Tile, dx: Array) -> Array:
         slab = lax.dynamic_slice_in_dim(rows, tile.start, tile.fresh.size, axis=1)
-        return dx + _dot(jnp.where(tile.fresh[None], slab, 0), tile.dense.T)
+        return dx + dot(jnp.where(tile.fresh[None], slab, 0), tile.dense.T)
 
     init = jnp.zeros((rows.shape[0], width), jnp.float32)
     dx = _over_tiles(w, first, count, add_tile, init)
@@ -178,7 +178,8 @@ def _over_tiles(
     return lax.fori_loop(0, -(-count // size), body, init)
 
 
-def _dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float32[Array, "n m"]:
+def dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float32[Array, "n m"]:
+    """Compute a @ b in the dtype of a, summed in float32."""
     return jnp.dot(
         a, b.astype(a.dtype), precision=precision(a.dtype), preferred_element_type=jnp.float32
     )
