@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -44,6 +46,7 @@ def compile_ahead(programs: Iterable[Program]) -> None:
     for done in running:
         while not done.wait(0.1):  # Windows interrupts no wait: there Ctrl-C is heard after it
             pass
+    _give_memory_back()
 
 
 def _compile(lowered: Any, done: threading.Event) -> None:
@@ -52,3 +55,21 @@ def _compile(lowered: Any, done: threading.Event) -> None:
             lowered.compile()
     finally:
         done.set()
+
+
+def _give_memory_back() -> None:
+    """Return to the system what lies free in the heaps of the threads that compiled.
+
+    XLA leaves 250 to 340 MB there after a decoding loop of 22 layers, and glibc would keep them.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return None

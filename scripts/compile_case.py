@@ -89,7 +89,7 @@ def weight_sizes(case: Case, program: str) -> set[int]:
         queries = group * min(length, block)
         others |= {rows * heads * queries * n for rows, heads, *_ in cached for n in keys}  # scores
     values = {math.prod(dims) for dims in matrices}
-    for tile_values in (xla.TILE_VALUES, blocks.TILE_VALUES):
+    for tile_values in (xla.TILE_VALUES, blocks.TILE_BYTES // jnp.dtype(case.dtype).itemsize):
         tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices}
         others |= tiles
         # A scale for 16 or 32 weights, and what tells a super-block's sub-blocks apart.

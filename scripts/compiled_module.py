@@ -150,26 +150,28 @@ class Module:
                 counts[instruction.opcode] += times
         return dict(counts.most_common())
 
-    def float_buffers(self) -> dict[tuple[int, ...], int]:
-        """Dimensions of every floating-point array that is written, with its bytes."""
-        found: dict[tuple[int, ...], int] = {}
-        for instruction, _ in self.executed():
-            for buffer in instruction.buffers():
-                if buffer.kind in _FLOATS:
-                    found[buffer.dims] = max(buffer.nbytes, found.get(buffer.dims, 0))
-        return found
-
-    def largest_buffer(self) -> tuple[int, str]:
-        """Bytes and shape of the largest array that is written to a device's main memory.
+    def main_memory(self) -> Iterator[Buffer]:
+        """Yield every array that is written to a device's main memory.
 
         A TPU's own fast memories, S(1) and so on in a layout, are left out.
         """
-        found = (0, "none")
         for instruction, _ in self.executed():
             # A "-start" tells its operand too; what it writes is the result of its "-done".
             if not instruction.opcode.endswith("-start"):
-                for buffer in instruction.buffers():
-                    if "S(" not in buffer.layout:
-                        shape = f"{buffer.kind}{list(buffer.dims)}".replace(" ", "")
-                        found = max(found, (buffer.nbytes, shape))
+                yield from (b for b in instruction.buffers() if "S(" not in b.layout)
+
+    def float_buffers(self) -> dict[tuple[int, ...], int]:
+        """Dimensions of every floating-point array in main memory, with its bytes."""
+        found: dict[tuple[int, ...], int] = {}
+        for buffer in self.main_memory():
+            if buffer.kind in _FLOATS:
+                found[buffer.dims] = max(buffer.nbytes, found.get(buffer.dims, 0))
+        return found
+
+    def largest_buffer(self) -> tuple[int, str]:
+        """Bytes and shape of the largest array in main memory."""
+        found = (0, "none")
+        for buffer in self.main_memory():
+            shape = f"{buffer.kind}{list(buffer.dims)}".replace(" ", "")
+            found = max(found, (buffer.nbytes, shape))
         return found

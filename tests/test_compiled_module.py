@@ -71,10 +71,11 @@ def test_a_fusion_counts_as_one_kernel_and_what_is_in_it_makes_no_buffer():
     assert module.float_buffers() == {(8, 4): 4 * 32, (16, 4): 4 * 64}
 
 
-def test_the_largest_buffer_is_one_of_main_memory():
+def test_buffers_are_those_of_main_memory():
     assert Module(TEXT).largest_buffer() == (4 * 64, "f32[16,4]")
     fast = TEXT.replace("f32[16,4]{1,0} custom-call", "f32[16,4]{1,0:T(8,128)S(1)} custom-call")
     assert Module(fast).largest_buffer() == (4 * 32, "f32[8,4]")
+    assert Module(fast).float_buffers() == {(8, 4): 4 * 32}
 
 
 def test_a_text_without_an_entry_is_refused():

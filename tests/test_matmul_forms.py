@@ -21,7 +21,8 @@ from qllama_jax.tensor_types import TensorType
 OUT, IN = 40, 512
 # As in test_matmul.py: four roundings of the size that products of some 1,000 terms have.
 FLOAT32 = 2.0**-22
-FORMS = [blocks.row_by_row, blocks.by_padded_tiles]
+BY_TILES = [blocks.by_large_tiles, blocks.by_padded_tiles]
+FORMS = [blocks.row_by_row, *BY_TILES]
 
 
 @functools.cache
@@ -62,6 +63,20 @@ def test_each_form_takes_the_rows_that_are_asked_for(form: Any):
     assert_is_product(part, x, dense[8:32])
 
 
+@pytest.mark.parametrize("form", BY_TILES, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("first", [None, 8])
+def test_a_weight_of_several_tiles_is_multiplied_by_one_after_another(
+    form: Any, first: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(blocks, "TILE_BYTES", 4 * 10 * IN)
+    packed, dense = weight(QType.Q4_0)
+    start = None if first is None else jnp.int32(first)
+    multiply = jax.jit(lambda x, w: form(x, w, start, count=32))
+    x = rows(3)
+    assert "stablehlo.while" in multiply.lower(x, packed).as_text()
+    assert_is_product(multiply(x, packed), x, dense[first or 0 :][:32])
+
+
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
 def test_padding_to_the_matrix_unit_changes_no_row(count: int):
     packed, dense = weight(QType.Q5_1)
@@ -91,12 +106,16 @@ def test_a_gpu_is_given_a_sum_for_few_rows_and_a_product_of_matrices_for_many():
         assert not dots(few)
         assert few.count("stablehlo.reduce") == count
         assert "while" not in few
-    assert dots(lowered("cuda", 9)) == [f"9x{IN}"]
+    many = lowered("cuda", 9)
+    assert dots(many) == [f"9x{IN}"]
+    assert "while" not in many
 
 
 def test_a_tpu_is_given_at_least_eight_rows():
-    assert dots(lowered("tpu", 1)) == [f"8x{IN}"]
-    assert dots(lowered("tpu", 9)) == [f"9x{IN}"]
+    for count, given in ((1, 8), (9, 9)):
+        text = lowered("tpu", count)
+        assert dots(text) == [f"{given}x{IN}"]
+        assert "while" not in text
 
 
 def test_a_cpu_is_given_the_rows_as_they_are():

@@ -7,6 +7,7 @@ hand-written kernel is none of these: it is a packing, chosen at load, with a fi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,9 @@ MATRIX_UNIT_ROWS = 8
 # A TPU has so many numbers side by side: the blocks of a row, where a block has fewer fields.
 LANES = 128
 
-# Values of a dequantized tile there: 16 MiB of float32, which a TPU's vector memory holds. A CPU's
-# is smaller, see `xla.TILE_VALUES`.
-TILE_VALUES = 2**22
-
-# Values that a GPU dequantizes at once for many rows: 32 MiB of bfloat16, which an H100's cache
-# holds. Each tile costs six kernels to launch.
-GPU_TILE_VALUES = 2**24
+# Bytes that a TPU and, for many rows, a GPU dequantize at once, in the dtype of x: the one's vector
+# memory and an H100's cache hold them. (What has 64 MiB XLA writes to a v6e's main memory.)
+TILE_BYTES = 2**25
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -57,7 +54,7 @@ def matmul_blocks(
         rows,
         w,
         first,
-        cpu=functools.partial(by_tiles, count=count, tile_values=xla.TILE_VALUES),
+        cpu=functools.partial(by_tiles, count=count),
         tpu=functools.partial(by_padded_tiles, count=count),
         default=functools.partial(row_by_row, count=count)
         if few
@@ -87,22 +84,42 @@ def _start(first: Array | None) -> Array:
 
 
 def by_tiles(
-    x: Float[Array, "B in"], w: Block, first: Array | None, count: int, tile_values: int
+    x: Float[Array, "B in"], w: Block, first: Array | None, count: int
 ) -> Float32[Array, "B out"]:
     """Multiply a tile of rows at a time."""
-    return xla.by_tiles(x, w, _start(first), count, tile_values=tile_values)
+    return xla.by_tiles(x, w, _start(first), count)
+
+
+def _as_it_is(rows: Float[Array, "n in"]) -> Float[Array, "n in"]:
+    return rows
 
 
 def by_large_tiles(
-    x: Float[Array, "B in"], w: Block, first: Array | None, count: int
+    x: Float[Array, "B in"],
+    w: Block,
+    first: Array | None,
+    count: int,
+    order: Callable[[Array], Array] = _as_it_is,
 ) -> Float32[Array, "B out"]:
-    """Multiply as few tiles of rows at a time as a GPU's memory is spared with, mostly one."""
-    if count * w.shape[-1] > GPU_TILE_VALUES:
-        return by_tiles(x, w, first, count, GPU_TILE_VALUES)
+    """Multiply all rows at once where they are one tile, else a tile at a time.
+
+    A loop is six kernels a tile on a GPU (H100, a prompt of 512 tokens in Q4_K_M: 12,600 tokens a
+    second in tiles of 16 MiB, 17,700 so), and keeps a TPU from fusing what dequantizes with what
+    multiplies. `order` is that in which the values of a row of x and of w meet.
+    """
+
+    def dequantize(tile: Block) -> Float32[Array, "in tile"]:
+        return order(tile.dequantize()).T
+
+    tile_values = TILE_BYTES // x.dtype.itemsize
+    if count * w.shape[-1] > tile_values:
+        return xla.by_tiles(
+            order(x), w, _start(first), count, tile_values=tile_values, dequantize=dequantize
+        )
     part = w if first is None else w.slice_rows(first, count)
     # The barrier holds x too: what waits for nothing may be made dense long before its turn.
     part, x = lax.optimization_barrier((part, x))
-    return xla.dot(x, part.dequantize_transposed())
+    return xla.dot(order(x), dequantize(part))
 
 
 def row_by_row(
@@ -128,28 +145,16 @@ def row_by_row(
 def by_padded_tiles(
     x: Float[Array, "B in"], w: Block, first: Array | None, count: int
 ) -> Float32[Array, "B out"]:
-    """Multiply a tile of rows at a time on the matrix unit, with rows of zeros where x has few."""
+    """Multiply by large tiles on the matrix unit, with rows of zeros where x has few."""
     B, _ = x.shape
     padded = jnp.pad(x, ((0, max(0, MATRIX_UNIT_ROWS - B)), (0, 0)))
     # To take the inner axis in the order in which it lies spares a transposition of the weight.
     order = functools.partial(_values_first, block_size=w.block_size)
     order = order if w.block_size < LANES else _as_it_is
-    y = xla.by_tiles(
-        order(padded),
-        w,
-        _start(first),
-        count,
-        tile_values=TILE_VALUES,
-        dequantize=lambda tile: order(tile.dequantize()).T,
-    )
-    return y[:B]
+    return by_large_tiles(padded, w, first, count, order)[:B]
 
 
 def _values_first(rows: Float[Array, "n in"], block_size: int) -> Float[Array, "n in"]:
     """Return rows of blocks as rows of the blocks' first values, then of their second ones, ..."""
     n, width = rows.shape
     return rows.reshape(n, width // block_size, block_size).swapaxes(1, 2).reshape(n, width)
-
-
-def _as_it_is(rows: Float[Array, "n in"]) -> Float[Array, "n in"]:
-    return rows
