@@ -90,7 +90,8 @@ def weight_sizes(case: Case, program: str) -> set[int]:
         others |= {rows * heads * queries * n for rows, heads, *_ in cached for n in keys}  # scores
     values = {math.prod(dims) for dims in matrices}
     for tile_values in (xla.TILE_VALUES, blocks.TILE_BYTES // jnp.dtype(case.dtype).itemsize):
-        tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for *_, out, n in matrices}
+        cut = [(out, n) for *_, out, n in matrices if out * n > tile_values]
+        tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for out, n in cut}
         others |= tiles
         # A scale for 16 or 32 weights, and what tells a super-block's sub-blocks apart.
         others |= {n // weights for n in tiles | values for weights in (16, 32)}

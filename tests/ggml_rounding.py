@@ -60,7 +60,7 @@ def _integers(x: Any, size: int, xp: ModuleType) -> tuple[Any, Any]:
 
 
 def _through(x: Any, dtype: str, xp: ModuleType) -> Any:
-    """Round to float16 or bfloat16, finite ones, and back."""
+    """Round float32 numbers below 65,504 to float16 or bfloat16, and back."""
     if xp is np:
         return x.astype(jnp.dtype(dtype)).astype(x.dtype)
     # In integers: XLA leaves out a conversion there and back, on a GPU one through the bits too.

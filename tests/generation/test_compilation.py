@@ -77,9 +77,6 @@ def test_200_prompt_lengths_make_at_most_9_prefill_traces_and_one_decode_trace_a
     assert sum(map(len, traces.values())) == before
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="XLA fuses across a barrier, and copies the cache"
-)
 def test_a_decoding_step_writes_to_the_cache_in_place(path):
     model = ql.load(path)
     config, S = model.config, 272
