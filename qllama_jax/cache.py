@@ -73,8 +73,7 @@ def init_cache(
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"init_cache: batch_size={batch_size}, max_length={max_length}: below 1")
     _check_positions(max_length)
-    B, S = operator.index(batch_size), operator.index(max_length)
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    B, S, dtype = operator.index(batch_size), operator.index(max_length), jnp.dtype(dtype)
     K, H = config.num_kv_heads, config.head_dim
     if not isinstance(mesh, Mesh | Partitioning | None):
         raise TypeError(f"mesh={mesh!r}: expected a jax.sharding.Mesh or a model's partitioning")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import qllama_jax as ql
 from qllama_jax.cache import write
@@ -40,6 +41,21 @@ def test_an_empty_cache_has_the_documented_shapes_and_is_zero(config: ql.ModelCo
     assert cache.lengths.dtype == np.int32
     assert cache.lengths.tolist() == [0] * 5
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(cache))
+
+
+def test_one_program_makes_the_arrays_of_all_layers(config: ql.ModelConfig):
+    made = jax.make_jaxpr(lambda: ql.init_cache(config, 1, 8))()
+    operations = [equation.primitive.name for equation in made.eqns]
+    assert operations.count("jit") == 1
+    assert len(operations) <= 3  # and the lengths
+
+
+def test_a_mesh_need_not_be_the_one_around(config: ql.ModelConfig):
+    devices = np.asarray(jax.devices("cpu")[:2])
+    around, own = (Mesh(part[None], ("data", "model")) for part in (devices, devices[::-1]))
+    with jax.set_mesh(around):
+        cache = ql.init_cache(config, 1, 8, mesh=own)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(cache)} == {own}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

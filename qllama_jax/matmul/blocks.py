@@ -41,9 +41,10 @@ TILE_BYTES = 2**25
 # On a TPU of formats whose numbers are looked up in a table: what a lookup returns, a few numbers,
 # it pads to whole lanes, up to 64 times as much. IQ4_XS, 4096 x 4096 in bfloat16 on a v5e: 5 GiB of
 # temporaries and 40 million cycles at once, none and 20 in tiles of this size.
-LOOKED_UP_TILE_BYTES = dict.fromkeys(("IQ4_XS", "IQ4_NL", "MXFP4", "NVFP4"), 2**19) | dict.fromkeys(
-    ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), 2**21
-)
+LOOKED_UP_TILE_BYTES: dict[str, int] = {
+    **dict.fromkeys(("IQ4_XS", "IQ4_NL", "MXFP4", "NVFP4"), 2**19),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), 2**21),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
