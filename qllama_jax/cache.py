@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from qllama_jax.calls import apart_on_a_cpu
 from qllama_jax.config import ModelConfig
 from qllama_jax.memory import Needs, cache_bytes, check_fits
 from qllama_jax.quants import Leaf
@@ -168,23 +167,19 @@ def write(
     may be more of them than the row has room for. Needs start[b] + count[b] <= S. Rows are written
     one by one: a vmapped dynamic_update_slice would become a scatter, which copies.
     """
-
-    def apart(*arguments: Array) -> Array:
-        # Inlined, jax 0.10 fuses one write with what reads it and copies the cache three times.
-        with set_xla_metadata(inlineable="false"):
-            return _write_rows(*arguments, axis=axis)
-
-    together = functools.partial(_write_rows, axis=axis)
-    return lax.platform_dependent(buffer, new, start, count, cpu=apart, default=together)
+    return _write_rows(buffer, new, start, count, axis=axis)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _write_rows(buffer: Array, new: Array, start: Array, count: Array, *, axis: int) -> Array:
-    with set_xla_metadata(inlineable=None):  # the calls within it are inlined all the same
-        for b in range(buffer.shape[0]):
-            buffer = _write_row(buffer, new[b : b + 1], b, start[b], count[b], axis)
-        # Without it XLA writes once for the cache and once more, into a copy, for each reader.
-        return lax.optimization_barrier(buffer)
+def _one_by_one(buffer: Array, new: Array, start: Array, count: Array, *, axis: int) -> Array:
+    for b in range(buffer.shape[0]):
+        buffer = _write_row(buffer, new[b : b + 1], b, start[b], count[b], axis)
+    # Without it XLA writes once for the cache and once more, into a copy, for each reader.
+    return lax.optimization_barrier(buffer)
+
+
+# Inlined, jax 0.10 fuses it with what reads the cache in spite of the barrier, and copies the cache
+# three times.
+_write_rows = apart_on_a_cpu(_one_by_one, static_argnames=("axis",))
 
 
 def _write_row(buffer: Array, new: Array, row: int, start: Array, count: Array, axis: int) -> Array:

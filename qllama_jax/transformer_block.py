@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float
 
 from qllama_jax.attention import store_and_attend
+from qllama_jax.calls import apart_on_a_cpu
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import linear, rms_norm, swiglu
 from qllama_jax.matmul import Activations
@@ -88,29 +86,9 @@ def run_block(
     return x, k_cache, v_cache, routing
 
 
-@functools.partial(jax.jit, static_argnames=("config", "activations"))
-def _shared_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
-    # The calls within it (`jnp.where` is one) are inlined all the same.
-    with set_xla_metadata(inlineable=None):
-        return run_block(*arguments, config=config, activations=activations)
-
-
-def call_block(*arguments: Any, config: ModelConfig, activations: Activations) -> Any:
-    """Call `run_block` so that a module of many layers is traced and, on a CPU, compiled quickly.
-
-    Layers of equal shapes and formats share one trace and one lowering, and what XLA may not inline
-    it optimizes a layer at a time. Its GPU compiler fuses nothing in such a call, and that for TPUs
-    inlines it all the same.
-    """
-
-    def call(*arguments: Any) -> Any:
-        return _shared_block(*arguments, config=config, activations=activations)
-
-    def call_apart(*arguments: Any) -> Any:
-        with set_xla_metadata(inlineable="false"):
-            return call(*arguments)
-
-    return lax.platform_dependent(*arguments, cpu=call_apart, default=call)
+# Layers of equal shapes and formats share one trace and one lowering, and what a CPU's compiler may
+# not inline it optimizes a layer at a time: a module of many layers compiles quickly.
+call_block = apart_on_a_cpu(run_block, static_argnames=("config", "activations"))
 
 
 def probing(prefix: str, tap: Tap | None, capture: frozenset[str], into: dict[str, Array]) -> Tap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,13 @@ def test_memory_goes_back_to_the_system_when_all_is_compiled(monkeypatch: pytest
     monkeypatch.setattr(compiling, "_malloc_trim", lambda: events.append)
     compile_ahead(recording(events))
     assert events == ["compiled", "compiled", 0]  # malloc_trim(0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_glibc_has_the_function():
+    trim = compiling._malloc_trim()
+    assert trim is not None
+    assert trim(0) in (0, 1)
 
 
 def test_a_system_without_malloc_trim_is_left_alone(monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qllama_jax"
 RUNGS = {
     "errors": 0,
     "tensor_types": 0,
+    "calls": 0,
     "metadata": 1.0,
     "hub": 1.0,
     "gguf_cursor": 1.0,

@@ -118,6 +118,13 @@ def test_a_tpu_is_given_at_least_eight_rows():
         assert "while" not in text
 
 
+@pytest.mark.parametrize("qtype", list(FORMATS), ids=lambda qtype: qtype.name)
+def test_formats_of_tables_have_tiles_of_their_own(qtype: TensorType):
+    # What a TPU looks up it pads; NVFP4 looks up its scales too.
+    of_tables = "stablehlo.gather" in lowered("tpu", 1, qtype)
+    assert (qtype.name in blocks.LOOKED_UP_TILE_BYTES) == of_tables
+
+
 def test_a_cpu_is_given_the_rows_as_they_are():
     assert dots(lowered("cpu", 1)) == [f"1x{IN}"]
 

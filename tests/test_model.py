@@ -261,7 +261,7 @@ def test_a_layer_is_kept_a_call_on_a_cpu_alone(small: Small, platform: str, call
     traced = jax.jit(functools.partial(ql.forward, config=small.config)).trace(*arguments)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     apart = [line for line in text.splitlines() if "inlineable" in line]
-    assert sum("call @_shared_block(" in line for line in apart) == calls
+    assert sum("call @run_block(" in line for line in apart) == calls
     assert bool(apart) == bool(calls)
 
 

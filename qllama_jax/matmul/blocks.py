@@ -114,7 +114,8 @@ def by_large_tiles(
 
     A loop is six kernels a tile on a GPU (H100, a prompt of 512 tokens in Q4_K_M: 12,600 tokens a
     second in tiles of 8 MiB, 17,700 so), and keeps a TPU from fusing what dequantizes with what
-    multiplies. `order` is that in which the values of a row of x and of w meet.
+    multiplies. `order` is that in which the values of a row of x and of w meet; a tile has at most
+    `tile_bytes`, None: TILE_BYTES.
     """
 
     def dequantize(tile: Block) -> Float32[Array, "in tile"]:
@@ -160,7 +161,7 @@ def by_padded_tiles(
     # To take the inner axis in the order in which it lies spares a transposition of the weight.
     order = functools.partial(_values_first, block_size=w.block_size)
     order = order if w.block_size < LANES else _as_it_is
-    tile_bytes = LOOKED_UP_TILE_BYTES.get(w.qtype.name, TILE_BYTES)
+    tile_bytes = LOOKED_UP_TILE_BYTES.get(w.qtype.name)
     return by_large_tiles(padded, w, first, count, order, tile_bytes)[:B]
 
 
