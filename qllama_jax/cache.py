@@ -173,12 +173,11 @@ def write(
 def _one_by_one(buffer: Array, new: Array, start: Array, count: Array, *, axis: int) -> Array:
     for b in range(buffer.shape[0]):
         buffer = _write_row(buffer, new[b : b + 1], b, start[b], count[b], axis)
-    # Without it XLA writes once for the cache and once more, into a copy, for each reader.
-    return lax.optimization_barrier(buffer)
+    return buffer
 
 
-# Inlined, jax 0.10 fuses it with what reads the cache in spite of the barrier, and copies the cache
-# three times.
+# Inlined on a CPU it is fused with each reader of the cache, and writes once more for it into a
+# copy: jax 0.10 copied the keys and values of a layer three times a step.
 _write_rows = apart_on_a_cpu(_one_by_one, static_argnames=("axis",))
 
 
