@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as QType
 
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, blocks_like, dequantize, random_blocks
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, pack
+from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, pack, processor
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -23,6 +23,12 @@ each_in_words = pytest.mark.parametrize("name", IN_WORDS)
 IN = 1024
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
+
+
+@pytest.fixture(autouse=True)
+def without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of every CPU: what one with such a unit has is in test_bfloat16_kernel."""
+    monkeypatch.setattr(processor, "instructions", lambda: frozenset())
 
 
 def on_device(name: str, raw: np.ndarray) -> CPUWeight:

@@ -96,16 +96,17 @@ def by_tiles(
     *,
     tile_values: int = TILE_VALUES,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
+    product: Callable[[Array, Array], Array] | None = None,
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
     A tile is of at most `tile_values` values; `dequantize` returns them `[in, tile]`, in the order
-    in which x has them.
+    in which x has them, and `product` multiplies x with them, None: `dot`.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
-        product = dot(x, tile.dense)
-        return lax.dynamic_update_slice(y, product, (np.int32(0), tile.start))
+        part = (product or dot)(x, tile.dense)
+        return lax.dynamic_update_slice(y, part, (np.int32(0), tile.start))
 
     init = jnp.zeros((x.shape[0], count), jnp.float32)
     return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize)
@@ -164,7 +165,10 @@ def _over_tiles(
     # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
     # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
     unit = w.row_unit
-    size = unit * max(1, min(-(-count // (2 * unit)), tile_values // (unit * width)))
+    largest = max(1, min(-(-count // (2 * unit)), tile_values // (unit * width)))
+    # Of one size, as far as units allow, so that the last one repeats few rows.
+    units = -(-count // unit)
+    size = unit * -(-units // -(-units // largest))
 
     def body(i: Array, carry: Array) -> Array:
         i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int16
 
+from qllama_jax.matmul.cpu import processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP, INT8_MAX, Layout
 from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
@@ -108,22 +109,31 @@ def _residual_steps(layout: Layout) -> int:
 
 
 def is_fastest(rows: int, w: CPUWeight, with_residual: bool) -> bool:
-    """Return whether this kernel is faster for so many rows of x than dequantized tiles in float32.
+    """Return whether this kernel is faster for so many rows of x than a dequantized weight.
 
-    Billion operations a second, [4096, 2048], as kernel and as tiles: Q4_0 and Q4_K 167 and 118 of
-    64 rows, 173 and 160 of 512; with groups of 16 weights (Q6_K, Q3_K, Q2_K) 124 to 135 and 91 to
-    113 of 64 rows, 129 to 139 and 126 to 133 of 128, and 129 to 136 and 158 to 164 of 512; with two
-    fields a weight (five bits) 97 and 94 to 96 of 64 rows, 99 to 101 and 121 to 124 of 128. Of 512
-    rows and Q4_1 [1536, 576] tiles are faster by 8 %, and of Q4_0 [256, 2048] by 28 %. A residual
-    doubles this kernel's work and not that of tiles.
+    Against tiles in float32, billion operations a second, [4096, 2048], as kernel and as tiles:
+    Q4_0 and Q4_K 167 and 118 of 64 rows, 173 and 160 of 512; with groups of 16 weights (Q6_K, Q3_K,
+    Q2_K) 124 to 135 and 91 to 113 of 64 rows, 129 to 139 and 126 to 133 of 128, and 129 to 136 and
+    158 to 164 of 512; with two fields a weight (five bits) 97 and 94 to 96 of 64 rows, 99 to 101
+    and 121 to 124 of 128. Of 512 rows and Q4_1 [1536, 576] tiles are faster by 8 %, and of Q4_0
+    [256, 2048] by 28 %. A residual doubles this kernel's work and not that of tiles.
+
+    AVX-512 helps tiles alone (an Intel Xeon): Q4_0 154 and 139 of 128 rows, 168 and 187 of 256;
+    Q6_K 100 and 80 of 64 rows, 98 and 102 of 96. A matrix unit helps them more: Q4_0 146 and 112 of
+    64 rows, 136 and 152 of 96; five bits 81 and 53 of 32 rows, 79 to 84 and 92 to 99 of 64; groups
+    of 16 100 to 103 and 90 to 103 of 64. Before 0.11 converting to its bfloat16 takes so long that
+    128 rows of Q4_0 are at 130 and 122.
     """
     layout = w.layout
     if with_residual:
         return rows <= PART_ROWS // 4
-    if len(layout.factors.bit) >= 2 * layout.group:
-        return rows <= PART_ROWS // 2
+    two_fields = len(layout.factors.bit) >= 2 * layout.group
+    most = PART_ROWS // 2 if two_fields else PART_ROWS
+    if processor.has_512_bits():
+        fewer = layout.group < GROUP or (processor.has_matrix_unit() and BARRIER_HOLDS)
+        return rows <= (most // 2 if fewer else most)
     large = layout.group == GROUP and min(w.shape[-2:]) >= LARGE
-    return rows <= PART_ROWS or large
+    return rows <= most or (large and not two_fields)
 
 
 def round_activations(

@@ -1,0 +1,29 @@
+"""Which instructions the processor has: on them depends which product is the fastest."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:
+    """Return Linux's names of the processor's instruction sets; none on another system."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
+    return frozenset(next(found, ()))
+
+
+def has_matrix_unit() -> bool:
+    """Return whether it multiplies matrices of bfloat16 in a unit of its own, Intel's AMX."""
+    return "amx_bf16" in instructions()
+
+
+def has_512_bits() -> bool:
+    """Return whether its vectors of float32 have 16 lanes, of AVX-512, instead of 8."""
+    return "avx512f" in instructions()

@@ -1,0 +1,176 @@
+"""Products of many rows on a CPU with a matrix unit; what the processor is said to have decides.
+
+The code is the same on every CPU, which multiplies bfloat16 one way or another: only slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QType
+
+import qllama_jax as ql
+from blocks import blocks_like, dequantize
+from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, int8_kernel, pack, processor
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
+each_in_words = pytest.mark.parametrize("name", IN_WORDS)
+IN = 512
+MATRIX_UNIT = ("avx512f", "amx_bf16")
+
+SetInstructions = Callable[..., None]
+
+
+@pytest.fixture
+def set_instructions(monkeypatch: pytest.MonkeyPatch) -> SetInstructions:
+    def set_them(*names: str) -> None:
+        monkeypatch.setattr(processor, "instructions", lambda: frozenset(names))
+
+    return set_them
+
+
+def weight(name: str, out: int, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
+    """A weight of normal values, and what it means in float64."""
+    rng = np.random.default_rng(out)
+    raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), QType[name], rng)
+    dense = dequantize(raw, QType[name]).astype(np.float64)
+    return jax.tree.map(jnp.asarray, pack(name, raw)), dense
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+
+
+def multiply(x: np.ndarray, w: CPUWeight, activations: str = "int8") -> np.ndarray:
+    # A function of its own each time: a trace of the same would keep its choice of a kernel.
+    return np.asarray(jax.jit(lambda x, w: ql.matmul(x, w, activations=activations))(x, w))  # pyright: ignore[reportArgumentType]
+
+
+def takes_bfloat16(name: str, rows: int, activations: str = "int8") -> bool:
+    w, _ = weight(name, 16)
+    jaxpr = jax.make_jaxpr(lambda x: ql.matmul(x, w, activations=activations))(normal(rows, IN))  # pyright: ignore[reportArgumentType]
+    return "bf16" in str(jaxpr)
+
+
+@each_in_words
+@pytest.mark.parametrize("activations", ["int8", "int8x2"])
+@pytest.mark.parametrize("out", [7, 1000])  # one tile with fillings; two, the second repeats rows
+def test_the_product_is_that_with_rounded_activations(
+    name: str, activations: str, out: int, set_instructions: SetInstructions
+):
+    set_instructions(*MATRIX_UNIT)
+    w, dense = weight(name, out)
+    x = normal(130, IN)
+    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, activations == "int8x2")
+    wanted = np.asarray(rounded, np.float64) @ dense.T
+    found = multiply(x, w, activations)
+    assert found.dtype == np.float32
+    # Each half is rounded by 2^-18 at most, and the product of low halves is at most 2^-18.
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+    error = np.abs(found - wanted)
+    assert (error <= 2.0**-17 * scale).all()
+    # Three products, and not one, whose error is a hundred times that.
+    assert np.sqrt((error**2).sum() / (wanted**2).sum()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q5_K"])
+def test_only_many_rows_and_a_matrix_unit_take_it(name: str, set_instructions: SetInstructions):
+    set_instructions(*MATRIX_UNIT)
+    assert takes_bfloat16(name, 129)
+    assert takes_bfloat16(name, 129, "int8x2")
+    assert not takes_bfloat16(name, 129, "float")
+    assert not takes_bfloat16(name, 8)
+    for others in ((), ("avx2",), ("avx512f", "avx512_bf16")):
+        set_instructions(*others)
+        assert not takes_bfloat16(name, 129)
+
+
+def test_a_processor_with_wider_vectors_leaves_the_integer_kernel_earlier(
+    set_instructions: SetInstructions,
+):
+    w, _ = weight("Q4_0", 2048, 2048)
+    few, _ = weight("Q6_K", 16)
+    for names, most, most_of_16 in (((), 512, 128), (("avx512f",), 128, 64)):
+        set_instructions(*names)
+        for rows in (8, 64, 128, 512):
+            assert int8_kernel.is_fastest(rows, w, with_residual=False) == (rows <= most)
+            assert int8_kernel.is_fastest(rows, few, with_residual=False) == (rows <= most_of_16)
+
+
+@each_in_words
+def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(
+    name: str, set_instructions: SetInstructions
+):
+    set_instructions(*MATRIX_UNIT)
+    w, _ = weight(name, 100)
+    x = normal(200, IN)
+    x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
+    found = multiply(x, w)
+    assert not found[0].any()
+    assert not np.isfinite(found[1]).any()
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(found[3:]).all()
+
+
+@each_in_words
+def test_many_rows_are_few_rows_but_for_the_halves_rounding(
+    name: str, set_instructions: SetInstructions
+):
+    """What a prompt makes of a token and what a decoding step makes of it."""
+    set_instructions(*MATRIX_UNIT)
+    w, _ = weight(name, 100)
+    x = normal(200, IN)
+    x[1] *= 1000
+    alone, found = multiply(x[:1], w), multiply(x, w)
+    assert np.abs(found[:1] - alone).max() <= 1e-5 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
+def test_no_weight_is_held_dense(name: str, set_instructions: SetInstructions):
+    set_instructions(*MATRIX_UNIT)
+    rows, tiles, lanes = 140, 2048, 16
+    one, _ = weight(name, lanes)
+    w = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
+    ).replace(out=tiles * lanes)
+    x = jax.ShapeDtypeStruct((rows, IN), jnp.float32)
+    compiled = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8")).lower(x, w).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    output = 4 * rows * tiles * lanes
+    # Two halves of a tile, and its 16-bit words once for each weight.
+    assert memory.temp_size_in_bytes - output <= 4 * IN * tiles * lanes / 3
+
+
+def test_the_gradient_is_that_of_the_exact_product(set_instructions: SetInstructions):
+    set_instructions(*MATRIX_UNIT)
+    w, dense = weight("Q4_K", 100)
+    g = normal(130, 100)
+    x = jnp.asarray(normal(130, IN))
+    gradient = jax.grad(lambda x: (ql.matmul(x, w, activations="int8") * g).sum())(x)
+    wanted = g.astype(np.float64) @ dense
+    assert np.abs(gradient - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2\nbugs\t\t: x\n\nprocessor\t: 1\nflags\t: fpu\n", "fpu avx2"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", ""),
+        ("flags\n", ""),
+        ("", ""),
+        (None, ""),
+    ],
+    ids=["x86", "arm", "no colon", "empty", "no file"],
+)  # fmt: skip
+def test_instructions_are_those_that_linux_names(tmp_path: Path, text: str | None, names: str):
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text)
+    assert processor.instructions(path) == frozenset(names.split())
