@@ -33,9 +33,9 @@ def test_a_gpu_makes_no_weight_dense_for_few_rows():
     found = products("--target", "h100", "--rows", "1", "4", "8")
     assert [line[0] for line in found] == [name.name for name in FORMATS for _ in range(3)]
     for name, rows, temporaries, largest, *_ in found:
-        # The integers of a weight, a byte each, are a quarter of it.
+        # The integers of a weight, a byte each, are a quarter of it; jax 0.11 holds them twice.
         assert float(largest.split()[0]) <= DENSE / 4, (name, rows)
-        assert float(temporaries) < DENSE / 2, (name, rows)
+        assert float(temporaries) < DENSE / 2 + 1, (name, rows)
 
 
 @pytest.mark.aot

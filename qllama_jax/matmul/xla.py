@@ -165,10 +165,11 @@ def _over_tiles(
     # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
     # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
     unit = w.row_unit
-    largest = max(1, min(-(-count // (2 * unit)), tile_values // (unit * width)))
-    # Of one size, as far as units allow, so that the last one repeats few rows.
     units = -(-count // unit)
-    size = unit * -(-units // -(-units // largest))
+    most = max(1, min(-(-units // 2), tile_values // (unit * width)))
+    # Of one size, as far as units allow, so that the last tile repeats few rows.
+    tiles = -(-units // most)
+    size = unit * -(-units // tiles)
 
     def body(i: Array, carry: Array) -> Array:
         i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set

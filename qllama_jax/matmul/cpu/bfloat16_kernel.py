@@ -30,8 +30,7 @@ def multiply(x: Float32[Array, "B in"], w: CPUWeight) -> Float32[Array, "B padde
     both = jnp.concatenate([x_high, x_low])
 
     def product(_: Array, dense: Float32[Array, "in tile"]) -> Float32[Array, "B tile"]:
-        # The barrier keeps XLA from dequantizing once for each half.
-        w_high, w_low = lax.optimization_barrier(_halves(dense))
+        w_high, w_low = lax.optimization_barrier(_halves(dense))  # both, before the products
         of_high = xla.dot(both, w_high)
         return of_high[:B] + (of_high[B:] + xla.dot(x_high, w_low))
 

@@ -12,11 +12,12 @@ CPUINFO = Path("/proc/cpuinfo")
 def instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """Return Linux's names of the processor's instruction sets; none on another system."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        with cpuinfo.open(encoding="utf-8", errors="replace") as lines:
+            # All cores have the same.
+            first = next((line for line in lines if line.startswith("flags")), "")
     except OSError:
         return frozenset()
-    found = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
-    return frozenset(next(found, ()))
+    return frozenset(first.partition(":")[2].split())
 
 
 def has_matrix_unit() -> bool:
