@@ -91,7 +91,7 @@ def weight_sizes(case: Case, program: str) -> set[int]:
     values = {math.prod(dims) for dims in matrices}
     for tile_values in (xla.TILE_VALUES, blocks.TILE_BYTES // jnp.dtype(case.dtype).itemsize):
         cut = [(out, n) for *_, out, n in matrices if out * n > tile_values]
-        tiles = {n * max(1, min(-(-out // 2), tile_values // n)) for out, n in cut}
+        tiles = {n * xla.tile_rows(out, n, tile_values) for out, n in cut}
         others |= tiles
         # A scale for 16 or 32 weights, and what tells a super-block's sub-blocks apart.
         others |= {n // weights for n in tiles | values for weights in (16, 32)}

@@ -28,7 +28,7 @@ PACKED = [qtype for qtype in FORMATS if qtype not in PLAIN]
 FLOAT32 = 2.0**-22
 
 #: 256 rows a tile: four tiles, the last of which starts 24 rows early.
-OUT, IN = 1000, 2048
+OUT, IN = 1003, 2048
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
 
@@ -59,9 +59,25 @@ def assert_is_product(found: jax.Array, a: np.ndarray, b: np.ndarray) -> None:
 
 
 def test_the_weights_of_these_tests_need_several_tiles_and_a_remainder():
-    rows = xla.TILE_VALUES // IN
+    rows = xla.tile_rows(OUT, IN, xla.TILE_VALUES)
     assert 2 * rows < OUT
     assert OUT % rows
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+@pytest.mark.parametrize("width", [32, 2048, 5632])
+@pytest.mark.parametrize("tile_values", [2**12, 2**19, 2**21])
+def test_tiles_are_two_at_least_small_enough_and_nearly_alike(
+    unit: int, width: int, tile_values: int
+):
+    for count in (1, 2, 3, 7, 100, 1000, 5632, 32_000):
+        count *= unit
+        rows = xla.tile_rows(count, width, tile_values, unit)
+        tiles = -(-count // rows)
+        assert rows % unit == 0
+        assert tiles >= 2 or count == unit
+        assert rows * width <= tile_values or rows == unit
+        assert tiles * rows - count < unit * tiles  # repeated: not a unit for each tile
 
 
 # The product.

@@ -143,6 +143,17 @@ def pull_back(
 matmul_rows.defvjp(_forward, _backward)
 
 
+def tile_rows(count: int, width: int, tile_values: int, unit: int = 1) -> int:
+    """Return how many of `count` rows of `width` values are dequantized at once."""
+    units = -(-count // unit)
+    # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
+    # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
+    most = max(1, min(-(-units // 2), tile_values // (unit * width)))
+    # Of one size, as far as units allow, so that the last tile repeats few rows.
+    tiles = -(-units // most)
+    return unit * -(-units // tiles)
+
+
 class Tile(NamedTuple):
     """Some consecutive rows of those that are multiplied."""
 
@@ -162,14 +173,7 @@ def _over_tiles(
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
-    # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
-    # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
-    unit = w.row_unit
-    units = -(-count // unit)
-    most = max(1, min(-(-units // 2), tile_values // (unit * width)))
-    # Of one size, as far as units allow, so that the last tile repeats few rows.
-    tiles = -(-units // most)
-    size = unit * -(-units // tiles)
+    size = tile_rows(count, width, tile_values, w.row_unit)
 
     def body(i: Array, carry: Array) -> Array:
         i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set

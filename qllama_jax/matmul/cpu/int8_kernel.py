@@ -239,7 +239,7 @@ def _streams(groups: int, rows: int) -> int:
     return next((n for n in (4, 2) if groups % (2 * n) == 0), 1)
 
 
-def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "..."]:
+def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order lanes"]:
     """Stage one: the sum over a group of (q - middle) times x in steps.
 
     Returns [G, P, tiles, lanes] or, for axis = 2, [G / streams, tiles, streams, P, lanes].
