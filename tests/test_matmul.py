@@ -27,7 +27,7 @@ PACKED = [qtype for qtype in FORMATS if qtype not in PLAIN]
 #: some 1,000 terms have. The result itself is typically 1/32 of |a| |b|, so this is 8e-6 of it.
 FLOAT32 = 2.0**-22
 
-#: 256 rows a tile: four tiles, the last of which starts 24 rows early.
+#: Four tiles of 251 rows, the last of which starts a row early.
 OUT, IN = 1003, 2048
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")

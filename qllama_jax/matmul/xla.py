@@ -100,8 +100,9 @@ def by_tiles(
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
-    A tile is of at most `tile_values` values; `dequantize` returns them `[in, tile]`, in the order
-    in which x has them, and `product` multiplies x with them, None: `dot`.
+    A tile is of at most `tile_values` values, or of `row_unit` rows; `dequantize` returns them
+    `[in, tile]`, in the order in which x has them, and `product` multiplies x with them, None:
+    `dot`.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qllama_jax.matmul import Activations, register, xla
-from qllama_jax.matmul.cpu import bfloat16_kernel, float_kernel, int8_kernel, processor
+from qllama_jax.matmul.cpu import bfloat16_kernel, float_kernel, int8_kernel
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
 from qllama_jax.matmul.cpu.pack import can_pack, pack
 from qllama_jax.matmul.cpu.weight import CPUWeight
@@ -51,10 +51,11 @@ def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
         return jnp.zeros((0, w.out), x.dtype)
     if int8_kernel.is_fastest(rows, w, with_residual):
         return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
-    x = int8_kernel.round_activations(x, w.layout, with_residual)
-    if processor.has_matrix_unit():
-        return bfloat16_kernel.multiply(x.astype(jnp.float32), w)[:, : w.out].astype(x.dtype)
-    return _tiles(x, w)
+    if bfloat16_kernel.is_fastest(rows):
+        # In float32: a half float cannot hold what x is rounded to.
+        rounded = int8_kernel.round_activations(x.astype(jnp.float32), w.layout, with_residual)
+        return bfloat16_kernel.multiply(rounded, w)[:, : w.out].astype(x.dtype)
+    return _tiles(int8_kernel.round_activations(x, w.layout, with_residual), w)
 
 
 def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B in"], None]:

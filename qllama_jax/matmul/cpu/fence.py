@@ -26,5 +26,6 @@ def fence_for(x: Float[Array, "B in"]) -> Fence:
     """
     if BARRIER_HOLDS:
         return lax.optimization_barrier
-    once = jnp.where(x.reshape(-1)[0] > np.float32(3e38), np.int32(2), np.int32(1))
+    first = x.reshape(-1)[0].astype(jnp.float32)
+    once = jnp.where(first > np.float32(3e38), np.int32(2), np.int32(1))
     return lambda tree: lax.fori_loop(0, once, lambda _, t: lax.optimization_barrier(t), tree)

@@ -231,8 +231,9 @@ def _streams(groups: int, rows: int) -> int:
     Reading ahead ends with each page of memory, and the first bytes of the next are waited for: of
     four pages one is waited for while others are worked on. A weight out of memory and not out of a
     cache, stage one alone: 14.3 GB/s in one stream, 17.0, 19.8 and 19.4 in 2, 4 and 8 (an Intel
-    Xeon); 1.1B in Q4_0 decodes at 23.1 instead of 20.9 tokens a second. Two cores have as many
-    each. More rows of x are bound by arithmetic, and XLA would store their sums twice.
+    Xeon; not timed with AVX2); 1.1B in Q4_0 decodes at 23.1 instead of 20.9 tokens a second. So
+    many that two cores have equal parts of each. More rows of x, a row and its residual too, are
+    bound by arithmetic, and XLA would store their sums twice.
     """
     if rows > 1:
         return 1
