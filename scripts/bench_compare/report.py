@@ -35,6 +35,8 @@ def about(results: Results) -> str:
 def decoding(results: Results) -> str:
     """Tokens a second, and what share of the memory's bandwidth reads the weights at that rate."""
     lines = []
+    measured = [rounds for rows in results.rows.values() for rounds in rows.values()]
+    others = [n for n in (CANDLE, MISTRALRS) if any(median(rounds, n) for rounds in measured)]
     for model, rows in results.rows.items():
         sizes = results.about["models"][model]
         for row in ("decode", "decode, int8x2"):
@@ -45,13 +47,11 @@ def decoding(results: Results) -> str:
             bandwidth = results.about["bandwidth"][model].get(row)
             share = ours * sizes["step_bytes"] / bandwidth if bandwidth else None
             name = model if row == "decode" else f"{model}, int8x2"
-            others = [ratio(rounds, OURS, other) for other in (CANDLE, MISTRALRS)]
-            lines.append([name, *beside_llama_cpp(rounds), optional(share, ".2f"), *others])
-    return table(
-        "tokens/s | qllama_jax | llama.cpp | ratio | lowest and highest | of the bandwidth"
-        " | to candle | to mistral.rs",
-        lines,
-    )
+            ratios = [ratio(rounds, OURS, other) for other in others]
+            lines.append([name, *beside_llama_cpp(rounds), optional(share, ".2f"), *ratios])
+    head = ["tokens/s", "qllama_jax", "llama.cpp", "ratio", "lowest and highest"]
+    head += ["of the bandwidth", *(f"to {other}" for other in others)]
+    return table(" | ".join(head), lines)
 
 
 def prompts(results: Results) -> str:
