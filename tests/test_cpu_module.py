@@ -51,7 +51,7 @@ def with_products(name: str, rows: int, kind: str, count: int) -> list[tuple[str
     return found[0]
 
 
-@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("rows", [1, 4, 32])
 @pytest.mark.parametrize("name", IN_WORDS)
 def test_integer_products_share_their_loop_with_no_wider_lanes(name: str, rows: int):
     # LLVM makes vectors of as many lanes as the widest type in a loop allows.
@@ -60,7 +60,7 @@ def test_integer_products_share_their_loop_with_no_wider_lanes(name: str, rows: 
     assert lanes == {"u16", "s16"}
 
 
-@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("rows", [1, 4, 32])
 @pytest.mark.parametrize("name", IN_WORDS)
 def test_integer_products_read_their_words_at_places_that_are_known(name: str, rows: int):
     # Where a slice begins at a place that is computed, or a gather, XLA's loop is scalar.
