@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as QType
 
+import cpu_weights
 import qllama_jax as ql
-from blocks import blocks_like, dequantize
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, int8_kernel, pack, processor
+from cpu_weights import IN_WORDS, normal
+from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
+from qllama_jax.matmul.cpu.processor import instructions
+from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
-IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
 each_in_words = pytest.mark.parametrize("name", IN_WORDS)
 IN = 512
 MATRIX_UNIT = ("avx512f", "amx_bf16")
@@ -29,24 +30,19 @@ MATRIX_UNIT = ("avx512f", "amx_bf16")
 SetInstructions = Callable[..., None]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def set_instructions(monkeypatch: pytest.MonkeyPatch) -> SetInstructions:
+    """Function: names of instruction sets -> None; called with a matrix unit's before each test."""
+
     def set_them(*names: str) -> None:
         monkeypatch.setattr(processor, "instructions", lambda: frozenset(names))
 
+    set_them(*MATRIX_UNIT)
     return set_them
 
 
-def weight(name: str, out: int, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
-    """A weight of normal values, and what it means in float64."""
-    rng = np.random.default_rng(out)
-    raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), QType[name], rng)
-    dense = dequantize(raw, QType[name]).astype(np.float64)
-    return jax.tree.map(jnp.asarray, pack(name, raw)), dense
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
+    return cpu_weights.weight(name, out, width)
 
 
 def multiply(x: Any, w: CPUWeight, activations: str = "int8") -> np.ndarray:
@@ -63,10 +59,7 @@ def takes_bfloat16(name: str, rows: int, activations: str = "int8") -> bool:
 @each_in_words
 @pytest.mark.parametrize("activations", ["int8", "int8x2"])
 @pytest.mark.parametrize("out", [7, 1000])  # one tile with fillings; two, the second repeats rows
-def test_the_product_is_that_with_rounded_activations(
-    name: str, activations: str, out: int, set_instructions: SetInstructions
-):
-    set_instructions(*MATRIX_UNIT)
+def test_the_product_is_that_with_rounded_activations(name: str, activations: str, out: int):
     w, dense = weight(name, out)
     x = normal(300, IN)
     rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, activations == "int8x2")
@@ -83,9 +76,8 @@ def test_the_product_is_that_with_rounded_activations(
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
-def test_a_single_term_is_within_its_bound(name: str, set_instructions: SetInstructions):
-    set_instructions(*MATRIX_UNIT)
-    w, dense = weight(name, 100)
+def test_a_single_term_is_within_its_bound(name: str):
+    w, dense = weight(name)
     x = np.zeros((IN, IN), np.float32)
     np.fill_diagonal(x, np.linspace(1, 2, IN))
     rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
@@ -95,7 +87,6 @@ def test_a_single_term_is_within_its_bound(name: str, set_instructions: SetInstr
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q5_K"])
 def test_only_many_rows_and_a_matrix_unit_take_it(name: str, set_instructions: SetInstructions):
-    set_instructions(*MATRIX_UNIT)
     assert takes_bfloat16(name, 300)
     assert takes_bfloat16(name, 300, "int8x2")
     assert not takes_bfloat16(name, 300, "float")
@@ -125,11 +116,8 @@ def test_a_processor_with_wider_vectors_leaves_the_integer_kernel_earlier(
 
 
 @each_in_words
-def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(
-    name: str, set_instructions: SetInstructions
-):
-    set_instructions(*MATRIX_UNIT)
-    w, _ = weight(name, 100)
+def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str):
+    w, _ = weight(name)
     x = normal(300, IN)
     x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
     found = multiply(x, w)
@@ -140,12 +128,9 @@ def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(
 
 
 @each_in_words
-def test_many_rows_are_few_rows_but_for_the_halves_rounding(
-    name: str, set_instructions: SetInstructions
-):
+def test_many_rows_are_few_rows_but_for_the_halves_rounding(name: str):
     """What a prompt makes of a token and what a decoding step makes of it."""
-    set_instructions(*MATRIX_UNIT)
-    w, _ = weight(name, 100)
+    w, _ = weight(name)
     x = normal(300, IN)
     x[1] *= 1000
     alone, found = multiply(x[:1], w), multiply(x, w)
@@ -153,9 +138,8 @@ def test_many_rows_are_few_rows_but_for_the_halves_rounding(
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_many_rows_of_half_floats_are_few_rows(dtype: Any, set_instructions: SetInstructions):
-    set_instructions(*MATRIX_UNIT)
-    w, _ = weight("Q4_K", 100)
+def test_many_rows_of_half_floats_are_few_rows(dtype: Any):
+    w, _ = weight("Q4_K")
     x = jnp.asarray(normal(300, IN), dtype)
     alone, found = multiply(x[:1], w), multiply(x, w)
     assert alone.dtype == found.dtype == dtype
@@ -164,25 +148,16 @@ def test_many_rows_of_half_floats_are_few_rows(dtype: Any, set_instructions: Set
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
-def test_no_weight_is_held_dense(name: str, set_instructions: SetInstructions):
-    set_instructions(*MATRIX_UNIT)
-    rows, tiles, lanes = 300, 2048, 16
-    one, _ = weight(name, lanes)
-    w = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
-    ).replace(out=tiles * lanes)
-    x = jax.ShapeDtypeStruct((rows, IN), jnp.float32)
-    compiled = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8")).lower(x, w).compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    output = 4 * rows * tiles * lanes
+def test_no_weight_is_held_dense(name: str):
+    rows, tiles = 300, 2048
+    product = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8"))
+    taken = cpu_weights.temporary_bytes(product, name, (rows, IN, tiles))
     # Two halves of a tile, and its 16-bit words once for each weight.
-    assert memory.temp_size_in_bytes - output <= 4 * IN * tiles * lanes / 3
+    assert taken - 4 * rows * tiles * LANES <= 4 * IN * tiles * LANES / 3
 
 
-def test_the_gradient_is_that_of_the_exact_product(set_instructions: SetInstructions):
-    set_instructions(*MATRIX_UNIT)
-    w, dense = weight("Q4_K", 100)
+def test_the_gradient_is_that_of_the_exact_product():
+    w, dense = weight("Q4_K")
     g = normal(300, 100)
     x = jnp.asarray(normal(300, IN))
     gradient = jax.grad(lambda x: (ql.matmul(x, w, activations="int8") * g).sum())(x)
@@ -205,4 +180,4 @@ def test_instructions_are_those_that_linux_names(tmp_path: Path, text: str | Non
     path = tmp_path / "cpuinfo"
     if text is not None:
         path.write_text(text)
-    assert processor.instructions(path) == frozenset(names.split())
+    assert instructions(path) == frozenset(names.split())

@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType as QType
 
 import qllama_jax as ql
 from blocks import random_blocks
+from cpu_weights import IN_WORDS
 from qllama_jax.matmul.cpu import LAYOUTS, pack
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
-IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
 NUMBERS = [name for name in LAYOUTS if not LAYOUTS[name].words]
 # An instruction of a module's text: its type, its sizes, its operation.
 INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
@@ -67,6 +67,15 @@ def test_integer_products_read_their_words_at_places_that_are_known(name: str, r
     kernel = with_products(name, rows, "u16", len(LAYOUTS[name].factors.bit))
     operations = {operation for _, _, operation in kernel}
     assert not operations & {"dynamic-slice", "gather", "concatenate", "dynamic-update-slice"}
+
+
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_a_single_row_meets_four_streams_of_words_side_by_side(name: str):
+    # In one stream a weight that comes from memory takes 1.4 times as long.
+    layout = LAYOUTS[name]
+    kernel = with_products(name, 1, "u16", len(layout.factors.bit))
+    found = {sizes for dtype, sizes, kind in kernel if (dtype, kind) == ("u16", "multiply")}
+    assert found == {f"{1024 // layout.group // 4},{1024 // LANES},4,1,{LANES}"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

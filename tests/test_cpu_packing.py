@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QType
 
+import cpu_weights
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, blocks_like, dequantize, random_blocks
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, pack, processor
+from cpu_weights import IN_WORDS, normal, on_device
+from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, processor
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 every_format = pytest.mark.parametrize("name", list(LAYOUTS))
-IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
 each_in_words = pytest.mark.parametrize("name", IN_WORDS)
 IN = 1024
 
@@ -31,20 +32,8 @@ def without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "instructions", lambda: frozenset())
 
 
-def on_device(name: str, raw: np.ndarray) -> CPUWeight:
-    return jax.tree.map(jnp.asarray, pack(name, raw))
-
-
-@functools.cache
 def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
-    """A weight of normal values, and what it means in float64."""
-    rng = np.random.default_rng(out)
-    raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), QType[name], rng)
-    return on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+    return cpu_weights.weight(name, out, width)
 
 
 def relative_error(found: Any, wanted: np.ndarray) -> float:
@@ -263,20 +252,9 @@ def test_a_product_under_vmap_is_that_of_each(name: str):
 # What the compiler makes of it.
 
 
-def abstract(name: str, tiles: int) -> CPUWeight:
-    """The shapes of a large weight."""
-    one = pack(name, random_blocks(QType[name], (LANES, IN), np.random.default_rng(0)))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
-    ).replace(out=tiles * LANES)
-
-
-def temporary_bytes(name: str, rows: int, tiles: int, activations: Any) -> int:
-    x = jax.ShapeDtypeStruct((rows, IN), jnp.float32)
-    lowered = multiply.lower(x, abstract(name, tiles), activations=activations)
-    memory = lowered.compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+def temporary_bytes(name: str, rows: int, tiles: int, activations: str) -> int:
+    shape = (rows, IN, tiles)
+    return cpu_weights.temporary_bytes(multiply, name, shape, activations=activations)
 
 
 @every_format

@@ -54,6 +54,13 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+def dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float32[Array, "n m"]:
+    """Compute a @ b in the dtype of a, summed in float32."""
+    return jnp.dot(
+        a, b.astype(a.dtype), precision=precision(a.dtype), preferred_element_type=jnp.float32
+    )
+
+
 def round_activations(x: Float[Array, "*batch in"], activations: str) -> Float[Array, "*batch in"]:
     """Return x as the integer kernels see it: d q ("int8") or d (q + r / 254) ("int8x2").
 
@@ -96,17 +103,16 @@ def by_tiles(
     *,
     tile_values: int = TILE_VALUES,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
-    product: Callable[[Array, Array], Array] | None = None,
+    product: Callable[[Array, Array], Array] = dot,
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
     A tile is of at most `tile_values` values, or of `row_unit` rows; `dequantize` returns them
-    `[in, tile]`, in the order in which x has them, and `product` multiplies x with them, None:
-    `dot`.
+    `[in, tile]`, in the order in which x has them, and `product` multiplies x with them.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
-        part = (product or dot)(x, tile.dense)
+        part = product(x, tile.dense)
         return lax.dynamic_update_slice(y, part, (np.int32(0), tile.start))
 
     init = jnp.zeros((x.shape[0], count), jnp.float32)
@@ -186,10 +192,3 @@ def _over_tiles(
         return visit(Tile(start, fresh, dequantize(packed)), carry)
 
     return lax.fori_loop(0, -(-count // size), body, init)
-
-
-def dot(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float32[Array, "n m"]:
-    """Compute a @ b in the dtype of a, summed in float32."""
-    return jnp.dot(
-        a, b.astype(a.dtype), precision=precision(a.dtype), preferred_element_type=jnp.float32
-    )

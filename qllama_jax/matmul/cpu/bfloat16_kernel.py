@@ -24,7 +24,6 @@ from qllama_jax.matmul.cpu.weight import CPUWeight
 # tokens of a 1.1B model in Q4_0 are read at 78 a second with half of it, 91 so and 69 with twice.
 TILE_VALUES = 2**21
 
-
 # Rows from which it is faster than tiles in float32: of all that the integer kernel leaves. Before
 # 0.11 XLA takes three times as long to convert to bfloat16: 128 rows of Q4_0 [4096, 2048] 17.7 ms
 # for 15.8, 512 rows 36 for 42.
@@ -43,7 +42,7 @@ def multiply(x: Float32[Array, "B in"], w: CPUWeight) -> Float32[Array, "B padde
     both = jnp.concatenate([x_high, x_low])
 
     def product(_: Array, dense: Float32[Array, "in tile"]) -> Float32[Array, "B tile"]:
-        w_high, w_low = lax.optimization_barrier(_halves(dense))  # both, before the products
+        w_high, w_low = _halves(dense)
         of_high = xla.dot(both, w_high)
         return of_high[:B] + (of_high[B:] + xla.dot(x_high, w_low))
 

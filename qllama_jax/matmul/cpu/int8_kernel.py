@@ -195,7 +195,7 @@ def _product(
     B = x.step.shape[1]
     axis = _rows_axis(x)
     sums = fence(_integer_sums(w, x, axis))
-    if axis == 2:
+    if axis == 2:  # in the order of groups again, which the fence would have stored
         g, tiles, streams, rows, lanes = sums.shape
         sums = sums.transpose(2, 0, 1, 3, 4).reshape(streams * g, tiles, rows, lanes)
     parts = fence(_scaled_sums(w, x, sums, axis, with_offsets))
