@@ -35,7 +35,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def temporary_bytes(multiply: Any, name: str, shape: tuple[int, int, int], **options: Any) -> int:
-    """What `multiply`, jitted, takes for rows of x and tiles of a weight; shape: (rows, in, tiles)."""
+    """What `multiply`, jitted, takes; shape: (rows of x, inputs, tiles of the weight)."""
     rows, width, tiles = shape
     one = pack(name, random_blocks(QType[name], (LANES, width), np.random.default_rng(0)))
     w = jax.tree.map(

@@ -168,7 +168,7 @@ def test_the_gradient_is_that_of_the_exact_product():
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("processor\t: 0\nflags\t\t: fpu avx2\nbugs\t\t: x\n\nflags\t: fpu\n", "fpu avx2"),
+        ("fpu\t: yes\nflags\t: fpu avx2\nvmx flags\t: vnmi\n\nflags\t: fpu\n", "fpu avx2"),
         ("processor\t: 0\nFeatures\t: fp asimd\n", ""),
         ("flags\n", ""),
         ("", ""),
