@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as QType
 
 import cpu_weights
 import qllama_jax as ql
+from blocks import blocks_like
 from cpu_weights import IN_WORDS, normal
 from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
@@ -66,12 +68,12 @@ def test_the_product_is_that_with_rounded_activations(name: str, activations: st
     wanted = np.asarray(rounded, np.float64) @ dense.T
     found = multiply(x, w, activations)
     assert found.dtype == np.float32
-    # At the worst 2^-15: 2^-17 for what each low half is rounded by, 2^-16 for the product of both.
-    # Of so many terms of either sign a quarter.
+    # At the worst 2^-16, what a weight's low half is rounded by; of so many terms of either sign
+    # half of it.
     scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
     error = np.abs(found - wanted)
     assert (error <= 2.0**-17 * scale).all()
-    # Three products, and not one, whose error is a hundred times that.
+    # Two products, and not one, whose error is a hundred times that.
     assert np.sqrt((error**2).sum() / (wanted**2).sum()) <= 1e-5
 
 
@@ -82,7 +84,7 @@ def test_a_single_term_is_within_its_bound(name: str):
     np.fill_diagonal(x, np.linspace(1, 2, IN))
     rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
-    assert (np.abs(multiply(x, w) - wanted) <= 2.0**-15 * np.abs(wanted)).all()
+    assert (np.abs(multiply(x, w) - wanted) <= 2.0**-16 * np.abs(wanted)).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q5_K"])
@@ -91,7 +93,8 @@ def test_only_many_rows_and_a_matrix_unit_take_it(name: str, set_instructions: S
     assert takes_bfloat16(name, 300, "int8x2")
     assert not takes_bfloat16(name, 300, "float")
     assert not takes_bfloat16(name, 8)
-    assert takes_bfloat16(name, 129) == BARRIER_HOLDS
+    assert takes_bfloat16(name, 129)
+    assert takes_bfloat16(name, 128) == BARRIER_HOLDS
     for others in ((), ("avx2",), ("avx512f", "avx512_bf16")):
         set_instructions(*others)
         assert not takes_bfloat16(name, 300)
@@ -101,16 +104,15 @@ def test_a_processor_with_wider_vectors_leaves_the_integer_kernel_earlier(
     set_instructions: SetInstructions,
 ):
     weights = [weight("Q4_0", 2048, 2048)[0], weight("Q6_K", 16)[0], weight("Q5_0", 16)[0]]
-    halved = 2 if BARRIER_HOLDS else 1
     most = {
         (): (512, 128, 64),
         ("avx512f",): (128, 64, 64),
-        MATRIX_UNIT: (128 // halved, 64, 64 // halved),
+        MATRIX_UNIT: (40, 40, 32) if BARRIER_HOLDS else (128, 64, 64),
     }
     for names, rows_of in most.items():
         set_instructions(*names)
         for w, limit in zip(weights, rows_of, strict=True):
-            for rows in (8, 32, 33, 64, 65, 128, 129, 512):
+            for rows in (8, 32, 33, 40, 41, 64, 65, 128, 129, 512):
                 assert int8_kernel.is_fastest(rows, w, with_residual=False) == (rows <= limit)
                 assert int8_kernel.is_fastest(rows, w, with_residual=True) == (rows <= 32)
 
@@ -144,7 +146,18 @@ def test_many_rows_of_half_floats_are_few_rows(dtype: Any):
     alone, found = multiply(x[:1], w), multiply(x, w)
     assert alone.dtype == found.dtype == dtype
     difference = found[:1].astype(np.float64) - alone.astype(np.float64)
-    assert np.sqrt((difference**2).mean()) <= 1e-4 * np.sqrt((alone.astype(np.float64) ** 2).mean())
+    # A result may be rounded to the number beside it; one that loses x's rounding is off by 4e-3.
+    assert np.sqrt((difference**2).mean()) <= 2e-4 * np.sqrt((alone.astype(np.float64) ** 2).mean())
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0x7C01, 0x7DFF, 0x7E00, 0x7FFF, 0xFC00, 0xFFFF], ids=hex)
+def test_a_scale_that_is_not_finite_never_makes_a_number(bits: int):
+    """Of NaN all patterns: an integer that is rounded up may become that of a number."""
+    raw = np.array(blocks_like(normal(LANES, IN), QType.Q4_0, np.random.default_rng(0)))
+    raw[1, 18:20] = np.frombuffer(np.uint16(bits).tobytes(), np.uint8)
+    found = multiply(normal(300, IN), cpu_weights.on_device("Q4_0", raw))
+    assert not np.isfinite(found[:, 1]).any()
+    assert np.isfinite(np.delete(found, 1, axis=1)).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])

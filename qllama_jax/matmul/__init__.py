@@ -33,8 +33,9 @@ def matmul(
             to 127 steps of the largest magnitude in each 32 values, as llama.cpp and candle do on a
             CPU; "int8x2" with the rounding error added as a second int8, 1/254 of a step; "auto"
             what is fastest for the leaf type: "float" for a `Block`, "int8" for integers of up to 6
-            bits packed for a CPU. With those, steps may be larger and the second int8 1/126 of a
-            step (see `matmul.cpu.layouts.Layout.largest_sum`).
+            bits packed for a CPU. With those, steps are powers of two, up to 256 to the largest
+            magnitude of each 32 or 16 values, and an error a quarter less for 4 bits (see
+            `matmul.cpu.int8_kernel`).
 
     Returns:
         `[*batch, out]` in the dtype of x.

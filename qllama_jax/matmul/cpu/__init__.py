@@ -52,9 +52,7 @@ def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
     if int8_kernel.is_fastest(rows, w, with_residual):
         return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
     if bfloat16_kernel.is_fastest(rows):
-        # In float32: a half float cannot hold what x is rounded to.
-        rounded = int8_kernel.round_activations(x.astype(jnp.float32), w.layout, with_residual)
-        return bfloat16_kernel.multiply(rounded, w)[:, : w.out].astype(x.dtype)
+        return bfloat16_kernel.multiply(x, w, with_residual).astype(x.dtype)
     return _tiles(int8_kernel.round_activations(x, w.layout, with_residual), w)
 
 

@@ -1,33 +1,34 @@
-"""x @ w.T as three products of bfloat16, for many rows of x on a CPU that has a unit for these.
+"""x @ w.T as two products of bfloat16, for many rows of x on a CPU that has a unit for these.
 
-Both are split, a = a_high + a_low, which keeps 16 of float32's 24 bits; of the four products of
-halves that of the low ones is left out (Henry, Tang and Heinecke 2019, arXiv:1904.06376). XLA has
-this as an algorithm of its dot, BF16_BF16_F32_X3, which on a CPU it computes in float32 (0.12).
+What x is rounded to are numbers of bfloat16, and a weight is split into two of these, which keep 16
+of float32's 24 bits (Henry, Tang and Heinecke 2019, arXiv:1904.06376, who split both factors; XLA
+has that as BF16_BF16_F32_X3, which on a CPU it computes in float32). A residual is more rows of x.
 
-512 rows times Q4_0 [4096, 2048]: 26 ms so, 37 by tiles in float32, 56 by the integer kernel; 128
-rows: 10.9, 15.3 and 14.0 ms (jax 0.12, two cores of an Intel Xeon with AMX). The error is 4e-6 of
-the result, where the rounding of x to 8 bits makes a thousand times that.
+512 rows times Q4_0 [4096, 2048]: 16.6 ms so, 37 by tiles in float32, 51 by the integer kernel; 128
+rows: 6.9, 15.3 and 13.6 ms (jax 0.12, two cores of an Intel Xeon with AMX). The error is 4e-6 of
+the result or less, where the rounding of x makes a thousand times that.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, Float, Float32, UInt32
 
 from qllama_jax.matmul import xla
-from qllama_jax.matmul.cpu import processor
+from qllama_jax.matmul.cpu import int8_kernel, processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
 # Four times as much as in float32. XLA's product packs both its operands anew for each tile: 128
-# tokens of a 1.1B model in Q4_0 are read at 78 a second with half of it, 91 so and 69 with twice.
+# rows times Q4_0 [2048, 5632] take 12.7 ms with half of it, 10.7 so and 13.2 with twice.
 TILE_VALUES = 2**21
 
 # Rows from which it is faster than tiles in float32: of all that the integer kernel leaves. Before
-# 0.11 XLA takes three times as long to convert to bfloat16: 128 rows of Q4_0 [4096, 2048] 17.7 ms
-# for 15.8, 512 rows 36 for 42.
-LEAST_ROWS = 1 if BARRIER_HOLDS else 257
+# 0.11 XLA takes longer to dequantize into two numbers: 128 rows of Q4_K [4096, 2048] 23.8 ms for
+# 20.0, 192 rows 25.5 and 24.4, 512 rows 33.6 for 41.9.
+LEAST_ROWS = 1 if BARRIER_HOLDS else 129
 
 
 def is_fastest(rows: int) -> bool:
@@ -35,21 +36,37 @@ def is_fastest(rows: int) -> bool:
     return processor.has_matrix_unit() and rows >= LEAST_ROWS
 
 
-def multiply(x: Float32[Array, "B in"], w: CPUWeight) -> Float32[Array, "B padded"]:
-    """Compute x @ w.dequantize().T with its fillings, to 2^-15 of sum |x| |w| at the worst."""
+def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
+    """Compute x' @ w.dequantize().T, x' = x as `int8_kernel.multiply` rounds it.
+
+    To 2^-16 of sum |x'| |w| at the worst, but for float32's sums.
+    """
     B, _ = x.shape
-    x_high, x_low = _halves(x)
-    both = jnp.concatenate([x_high, x_low])
+    parts = int8_kernel.rounded_parts(x, w.layout, with_residual)
+    rows = jnp.concatenate(parts).astype(jnp.bfloat16)
 
     def product(_: Array, dense: Float32[Array, "in tile"]) -> Float32[Array, "B tile"]:
-        w_high, w_low = _halves(dense)
-        of_high = xla.dot(both, w_high)
-        return of_high[:B] + (of_high[B:] + xla.dot(x_high, w_low))
+        high, low = _halves(dense)
+        y = xla.dot(rows, high) + xla.dot(rows, low)
+        return y[:B] + y[B:] if with_residual else y
 
-    return xla.by_tiles(x, w, jnp.int32(0), w.padded, tile_values=TILE_VALUES, product=product)
+    y = xla.by_tiles(x, w, jnp.int32(0), w.padded, tile_values=TILE_VALUES, product=product)
+    return y[:, : w.out]
 
 
 def _halves(a: Float32[Array, "n m"]) -> tuple[BFloat16[Array, "n m"], BFloat16[Array, "n m"]]:
-    # Not a.astype(bfloat16): XLA may take the way there and back for nothing, and low would be 0.
-    high = lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
-    return high.astype(jnp.bfloat16), (a - high).astype(jnp.bfloat16)
+    """Return high, the first 8 bits of each number, and low, what is left rounded to 8 bits.
+
+    In integers: XLA's own conversions take 1.2 times as long for 128 rows of x, and 1.9 before
+    0.11. High is not rounded, as the integers of some NaN would be rounded to a number.
+    """
+    high = lax.bitcast_convert_type(a, jnp.uint32) & np.uint32(0xFFFF0000)
+    low = lax.bitcast_convert_type(a - lax.bitcast_convert_type(high, jnp.float32), jnp.uint32)
+    # To the nearest, of two that are as near to the even one. Beside a NaN it does not matter.
+    low = low + np.uint32(0x7FFF) + ((low >> np.uint32(16)) & np.uint32(1))
+    return _first_16_bits(high), _first_16_bits(low)
+
+
+def _first_16_bits(bits: UInt32[Array, "n m"]) -> BFloat16[Array, "n m"]:
+    first = (bits >> np.uint32(16)).astype(jnp.uint16)
+    return lax.bitcast_convert_type(first, jnp.bfloat16)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int16
 
 from qllama_jax.matmul.cpu import processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
-from qllama_jax.matmul.cpu.layouts import GROUP, INT8_MAX, Layout
+from qllama_jax.matmul.cpu.layouts import GROUP, MOST_STEPS, Layout
 from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece. More
@@ -39,6 +39,8 @@ MOST_GROUPS = 8
 # Sums of a single row that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise.
 # For 128 rows it would be slower by a half.
 MOST_PARTS = 8
+# An int8's, and those for which sums of 4-bit weights have room.
+MOST_RESIDUAL_STEPS = 127
 
 
 class Rounded(NamedTuple):
@@ -50,9 +52,8 @@ class Rounded(NamedTuple):
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
-    """Compute x' @ w.dequantize().T, x' = x rounded to 127 steps of each GROUP's largest value.
+    """Compute x' @ w.dequantize().T, x' = x rounded in steps of each group (`_scale`).
 
-    Steps are larger where a group's int16 sum might overflow otherwise (`Layout.largest_sum`).
     With a residual, what was rounded away is added in steps 2 `_residual_steps` times as fine.
     """
     B, width = x.shape
@@ -105,7 +106,7 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
 def _residual_steps(layout: Layout) -> int:
     """Steps of a residual up to half a step of x: as many as its sum over a group has room for."""
     bound = layout.largest_sum
-    return INT8_MAX if bound is None else min(INT8_MAX, bound // layout.group)
+    return MOST_RESIDUAL_STEPS if bound is None else min(MOST_RESIDUAL_STEPS, bound // layout.group)
 
 
 def is_fastest(rows: int, w: CPUWeight, with_residual: bool) -> bool:
@@ -119,19 +120,20 @@ def is_fastest(rows: int, w: CPUWeight, with_residual: bool) -> bool:
     [256, 2048] by 28 %. A residual doubles this kernel's work and not that of tiles.
 
     AVX-512 helps tiles alone (an Intel Xeon): Q4_0 154 and 139 of 128 rows, 168 and 187 of 256;
-    Q6_K 100 and 80 of 64 rows, 98 and 102 of 96. A matrix unit helps them more: Q4_0 146 and 112 of
-    64 rows, 136 and 152 of 96; five bits 81 and 53 of 32 rows, 79 to 84 and 92 to 99 of 64; groups
-    of 16 100 to 103 and 90 to 103 of 64. Before 0.11 converting to its bfloat16 takes so long that
-    128 rows of Q4_0 are at 130 and 122.
+    Q6_K 100 and 80 of 64 rows, 98 and 102 of 96. Against a matrix unit's bfloat16: Q4_0 127 and 116
+    of 40 rows, 110 and 128 of 48; Q6_K 86 and 80, 90 and 90; five bits 81 and 72 of 32 rows, 67 and
+    84 of 40. Before 0.11 that takes so long to dequantize that 128 rows of Q4_0 are at 127 and 137,
+    of Q4_K at 125 and 90.
     """
     layout = w.layout
     if with_residual:
         return rows <= PART_ROWS // 4
     two_fields = len(layout.factors.bit) >= 2 * layout.group
+    if processor.has_matrix_unit() and BARRIER_HOLDS:
+        return rows <= (32 if two_fields else 40)
     most = PART_ROWS // 2 if two_fields else PART_ROWS
     if processor.has_512_bits():
-        fewer = layout.group < GROUP or (processor.has_matrix_unit() and BARRIER_HOLDS)
-        return rows <= (most // 2 if fewer else most)
+        return rows <= (most // 2 if layout.group < GROUP else most)
     large = layout.group == GROUP and min(w.shape[-2:]) >= LARGE
     return rows <= most or (large and not two_fields)
 
@@ -140,11 +142,17 @@ def round_activations(
     x: Float[Array, "B in"], layout: Layout, with_residual: bool
 ) -> Float[Array, "B in"]:
     """Return x as `multiply` rounds it."""
+    return functools.reduce(lax.add, rounded_parts(x, layout, with_residual)).astype(x.dtype)
+
+
+def rounded_parts(
+    x: Float[Array, "B in"], layout: Layout, with_residual: bool
+) -> list[Float32[Array, "B in"]]:
+    """Return what `round_activations` is the sum of: x in whole steps, and perhaps the residual."""
     step, scaled = _scale(x.astype(jnp.float32), layout)
-    q, *rest = _integers(scaled, layout, with_residual)
-    for finer in rest:
-        q = q + finer * np.float32(0.5 / _residual_steps(layout))
-    return (step[..., None] * q).reshape(x.shape).astype(x.dtype)
+    units = [step, step * np.float32(0.5 / _residual_steps(layout))]
+    parts = _integers(scaled, layout, with_residual)
+    return [(unit[..., None] * q).reshape(x.shape) for unit, q in zip(units, parts, strict=False)]
 
 
 def _integers(
@@ -173,20 +181,40 @@ def _round(x: Float[Array, "B in"], layout: Layout, with_residual: bool, fence: 
 def _scale(
     x: Float32[Array, "B in"], layout: Layout
 ) -> tuple[Float32[Array, "B G"], Float32[Array, "B G group"]]:
-    """Return the step of each group and x in steps."""
+    """Return the step of each group and x in steps.
+
+    A step is a power of two, and the largest magnitude of a group 128 to 256 of them; steps are
+    larger where a sum of int16 might overflow otherwise (`Layout.largest_sum`). So what x is
+    rounded to is a number of bfloat16 too, which `bfloat16_kernel` multiplies. Such blocks with an
+    exponent each are MXINT8 of OCP's Microscaling Formats (1.0, 2023), of one bit more.
+    """
     B, width = x.shape
-    per_step = GROUP // layout.group
-    groups = x.reshape(B, width // GROUP, per_step, layout.group)
+    groups = x.reshape(B, width // layout.group, layout.group)
     magnitudes = jnp.abs(groups)
-    step = (magnitudes * np.float32(1 / INT8_MAX)).max((-2, -1))
+    largest = magnitudes.max(-1)
     if (bound := layout.largest_sum) is not None:
         # Rounding adds up to a half for each weight.
-        room = np.float32(1 / (bound - layout.group // 2))
-        step = jnp.maximum(step, magnitudes.sum(-1).max(-1) * room)
-    inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1), 0)
-    scaled = groups * inverse[..., None, None]
-    step = jnp.broadcast_to(step[..., None], (*step.shape, per_step))
-    return step.reshape(B, -1), scaled.reshape(B, -1, layout.group)
+        room = np.float32(MOST_STEPS / (bound - layout.group // 2))
+        largest = jnp.maximum(largest, magnitudes.sum(-1) * room)
+    step, inverse = _powers_of_two(largest)
+    return step, groups * inverse[..., None]
+
+
+def _powers_of_two(largest: Float32[Array, "B G"]) -> tuple[Array, Array]:
+    """Return the largest power of two of which `largest` is at least MOST_STEPS / 2, and 1 / it.
+
+    Both are 0 where that power is subnormal, for which a CPU's XLA has no numbers.
+    """
+    exponent = lax.bitcast_convert_type(largest, jnp.uint32) >> np.uint32(23)  # biased by 127
+    less = (MOST_STEPS // 2).bit_length() - 1
+    normal = exponent > less
+    step, inverse = exponent - np.uint32(less), np.uint32(254 + less) - exponent
+
+    def power(exponent: Array) -> Array:
+        bits = jnp.where(normal, exponent << np.uint32(23), np.uint32(0))
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    return power(step), power(inverse)
 
 
 def _product(

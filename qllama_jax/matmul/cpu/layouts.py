@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 INT16_MAX = 2**15 - 1
-INT8_MAX = 127
 GROUP = 32  # activations that share a step, as in ggml's block_q8_0
+MOST_STEPS = 256  # in the largest activation of a group; bfloat16 holds all integers up to that
 
 
 class Field(NamedTuple):
@@ -54,12 +54,12 @@ class Layout:
     def largest_sum(self) -> int | None:
         """Bound on a group's sum of |x| that keeps an accumulator within int16; None: it always is.
 
-        x is in steps, at most INT8_MAX of them. Meaningless without words.
+        x is in steps, at most MOST_STEPS of them. Meaningless without words.
         """
         masks, units = self.terms.mask[:, 0], self.terms.unit[:, 0]
         largest = int((masks * units).sum())  # as of the first weight, so of all
         bound = INT16_MAX // max(self.middle, largest - self.middle)
-        return None if bound >= self.group * INT8_MAX else bound
+        return None if bound >= self.group * MOST_STEPS else bound
 
     @cached_property
     def terms(self) -> Terms:
