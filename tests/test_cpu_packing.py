@@ -189,7 +189,7 @@ def test_activations_are_rounded_to_steps_that_are_powers_of_two(name: str):
 
 
 def test_tiny_activations_are_zeros_and_huge_ones_numbers():
-    w, dense = weight("Q4_0")
+    w, _ = weight("Q4_0")
     x = np.float32([[1.5e-36], [1e-38], [1e-45], [3e38]]) * np.sign(normal(4, IN))
     for with_residual in (False, True):
         found = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual)
@@ -208,8 +208,10 @@ def test_int8_loses_half_a_percent_and_int8x2_a_hundred_times_less(name: str):
     int8 = relative_error(multiply(jnp.asarray(x), w, activations="int8"), wanted)
     int8x2 = relative_error(multiply(jnp.asarray(x), w, activations="int8x2"), wanted)
     # 127 steps to the largest of each 32 values, as ggml has them, would lose 0.0053 of any.
-    assert 0.003 <= int8 <= {"Q6_K": 0.0056, "Q5_0": 0.005, "Q5_1": 0.005, "Q5_K": 0.005}.get(
-        name, 0.0045
+    assert (
+        0.003
+        <= int8
+        <= {"Q6_K": 0.0056, "Q5_0": 0.005, "Q5_1": 0.005, "Q5_K": 0.005}.get(name, 0.0045)
     )
     assert int8x2 <= int8 / 100
     np.testing.assert_array_equal(
