@@ -190,7 +190,7 @@ def test_activations_are_rounded_to_steps_that_are_powers_of_two(name: str):
 
 def test_tiny_activations_are_zeros_and_huge_ones_numbers():
     w, _ = weight("Q4_0")
-    x = np.float32([[1.5e-36], [1e-38], [1e-45], [3e38]]) * np.sign(normal(4, IN))
+    x = np.array([[1.5e-36], [1e-38], [1e-45], [3e38]], np.float32) * np.sign(normal(4, IN))
     for with_residual in (False, True):
         found = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual)
         # Steps are 2**-126 at least.
