@@ -53,7 +53,9 @@ def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
         return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
     if bfloat16_kernel.is_fastest(rows):
         return bfloat16_kernel.multiply(x, w, with_residual).astype(x.dtype)
-    return _tiles(int8_kernel.round_activations(x, w.layout, with_residual), w)
+    # In float32: what x is rounded to a half float may not hold.
+    rounded = int8_kernel.round_activations(x.astype(jnp.float32), w.layout, with_residual)
+    return _tiles(rounded, w).astype(x.dtype)
 
 
 def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B in"], None]:
