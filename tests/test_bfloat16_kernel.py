@@ -20,7 +20,6 @@ import qllama_jax as ql
 from blocks import blocks_like
 from cpu_weights import IN_WORDS, normal
 from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor
-from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
 from qllama_jax.matmul.cpu.processor import instructions
 from qllama_jax.matmul.cpu.weight import LANES
 
@@ -93,8 +92,7 @@ def test_only_many_rows_and_a_matrix_unit_take_it(name: str, set_instructions: S
     assert takes_bfloat16(name, 300, "int8x2")
     assert not takes_bfloat16(name, 300, "float")
     assert not takes_bfloat16(name, 8)
-    assert takes_bfloat16(name, 129)
-    assert takes_bfloat16(name, 128) == BARRIER_HOLDS
+    assert takes_bfloat16(name, 41)
     for others in ((), ("avx2",), ("avx512f", "avx512_bf16")):
         set_instructions(*others)
         assert not takes_bfloat16(name, 300)
@@ -107,7 +105,7 @@ def test_a_processor_with_wider_vectors_leaves_the_integer_kernel_earlier(
     most = {
         (): (512, 128, 64),
         ("avx512f",): (128, 64, 64),
-        MATRIX_UNIT: (40, 40, 32) if BARRIER_HOLDS else (128, 64, 64),
+        MATRIX_UNIT: (40, 40, 32),
     }
     for names, rows_of in most.items():
         set_instructions(*names)

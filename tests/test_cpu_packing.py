@@ -24,6 +24,7 @@ each_in_words = pytest.mark.parametrize("name", IN_WORDS)
 IN = 1024
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
+integer_product = jax.jit(int8_kernel.multiply, static_argnums=2)
 
 
 @pytest.fixture(autouse=True)
@@ -188,16 +189,17 @@ def test_activations_are_rounded_to_steps_that_are_powers_of_two(name: str):
         assert (np.abs(wanted / step).sum(-1) <= room).all()
 
 
-def test_tiny_activations_are_zeros_and_huge_ones_numbers():
-    w, _ = weight("Q4_0")
-    x = np.array([[1.5e-36], [1e-38], [1e-45], [3e38]], np.float32) * np.sign(normal(4, IN))
+@each_in_words
+def test_activations_of_any_size_are_rounded_or_zeros(name: str):
+    # Steps are 2**-125 at least, and what would have smaller ones is nothing; and of the largest
+    # there is no sum in float32.
+    x = 2.0 ** np.r_[-149:-100, 100:128][:, None] * np.sign(normal(IN))
+    x = x.astype(np.float32)
     for with_residual in (False, True):
-        found = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual)
-        # Steps are 2**-126 at least.
-        assert (np.abs(np.asarray(found) - x) <= np.maximum(2.0**-119, np.abs(x) / 64)).all()
-        assert np.asarray(found)[0].all()
-    found = np.asarray(multiply(jnp.asarray(x / np.float32(1e6)), w, activations="int8"))
-    assert np.isfinite(found).all()
+        found = int8_kernel.round_activations(jnp.asarray(x), LAYOUTS[name], with_residual)
+        error = np.abs(np.asarray(found, np.float64) - x)
+        assert (error <= np.maximum(2.0**-115, np.abs(x) / 60)).all()
+        assert np.asarray(found)[-40:].all()
 
 
 @each_in_words
@@ -226,7 +228,9 @@ def farthest_blocks(name: str, out: int, width: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     values = np.full((out, width), -1.0, np.float32)
     raw = blocks_like(values, QType[name], rng)
-    extreme = np.zeros((out, width // size, nbytes), np.uint8)  # q = 0, scales as they were
+    # q = 0, and 3 where the middle is 0; scales as they were.
+    farthest = 0xFF if name == "Q2_K" else 0
+    extreme = np.full((out, width // size, nbytes), farthest, np.uint8)
     template = raw.reshape(extreme.shape)
     scale_bytes = {
         "Q4_0": [0, 1], "Q4_1": [0, 1, 2, 3], "Q5_0": [0, 1], "Q5_1": [0, 1, 2, 3],
@@ -238,20 +242,22 @@ def farthest_blocks(name: str, out: int, width: int) -> np.ndarray:
 
 
 @each_in_words
-@pytest.mark.parametrize("activations", ["int8", "int8x2"])
+@pytest.mark.parametrize("with_residual", [False, True])
 def test_no_sum_overflows_where_all_weights_and_activations_are_extreme(
-    name: str, activations: str
+    name: str, with_residual: bool
 ):
     """|x| as large everywhere as it gets, q at its farthest: the sums that int16 must hold."""
     raw = farthest_blocks(name, LANES, IN)
     w, dense = on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
-    for sign in (1, -1):
-        # Just below a power of two of steps sums are the largest: one of these is near it.
-        x = np.repeat(sign * np.geomspace(1, 2, 256, dtype=np.float32)[:, None], IN, axis=1)
-        x[::2] *= normal(IN) * 0.01 + 1
-        wanted = x.astype(np.float64) @ dense.T
-        found = np.asarray(multiply(jnp.asarray(x), w, activations=activations), np.float64)
-        assert np.abs(found - wanted).max() <= 0.01 * np.abs(wanted).max() + 1e-6
+    # Just below a power of two of steps sums are the largest, and residuals near half a step: some
+    # of these are near both.
+    x = np.repeat(np.geomspace(1, 2, 256, dtype=np.float32)[:, None], IN, axis=1)
+    x[::2] *= normal(IN) * 0.01 + 1
+    x = np.concatenate([x, -x])
+    wanted = x.astype(np.float64) @ dense.T
+    found = np.asarray(integer_product(jnp.asarray(x), w, with_residual), np.float64)
+    most = np.abs(x) @ np.abs(dense.T)
+    assert (np.abs(found - wanted) <= (2e-4 if with_residual else 0.016) * most).all()
 
 
 @each_in_words
@@ -265,6 +271,19 @@ def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str, a
     assert not np.isfinite(found[1]).any()
     assert not np.isfinite(found[2]).any()
     assert np.isfinite(found[3]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_many_rows_of_half_floats_are_few_rows(dtype: Any):
+    w, _ = weight("Q6_K")
+    assert not int8_kernel.is_fastest(300, w, with_residual=False)
+    x = jnp.asarray(normal(300, IN), dtype)
+    alone = np.asarray(multiply(x[:1], w, activations="int8"))
+    found = np.asarray(multiply(x, w, activations="int8"))
+    assert alone.dtype == found.dtype == dtype
+    wanted = alone.astype(np.float64)
+    # A result may be rounded to the number beside it; weights in half floats make a mean of 4e-4.
+    assert relative_error(found[:1], wanted) <= 1e-4
 
 
 @each_in_words

@@ -34,8 +34,8 @@ def matmul(
             CPU; "int8x2" with the rounding error added as a second int8, 1/254 of a step; "auto"
             what is fastest for the leaf type: "float" for a `Block`, "int8" for integers of up to 6
             bits packed for a CPU. With those, steps are powers of two, up to 256 to the largest
-            magnitude of each 32 or 16 values, and an error a quarter less for 4 bits (see
-            `matmul.cpu.int8_kernel`).
+            magnitude of each 32 or 16 values, and the second int8 of five and six bits 1/126 of a
+            step (see `matmul.cpu.int8_kernel`).
 
     Returns:
         `[*batch, out]` in the dtype of x.

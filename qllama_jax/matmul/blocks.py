@@ -53,7 +53,7 @@ def matmul_blocks(
 ) -> Float[Array, "*batch out"]:
     """Compute x @ w.dequantize()[first : first + count].T; first = None: of all rows.
 
-    Differentiable with respect to x alone, as `xla.matmul_rows`.
+    Differentiable with respect to x alone; packed leaves have no gradient.
     """
     *batch, width = x.shape
     rows = x.reshape(-1, width)

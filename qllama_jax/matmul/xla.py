@@ -6,11 +6,9 @@ lives at any moment is one tile, whatever the size of the weight.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -19,6 +17,9 @@ from jaxtyping import Array, Float, Float32, Int32
 # Values of a dequantized tile: 2 MiB of float32. On a CPU a prompt of 512 tokens takes 2 % (Q4_0)
 # to 12 % (Q4_K_M) less than with half of that, and 3 % less than with twice as much.
 TILE_VALUES = 2**19
+
+# Gives back its argument, and XLA fuses nothing across.
+Fence = Callable[[Any], Any]
 
 # The rounding group of "int8" and "int8x2" activations, as ggml's block_q8_0.
 GROUP = 32
@@ -81,18 +82,8 @@ def round_activations(x: Float[Array, "*batch in"], activations: str) -> Float[A
     return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def matmul_rows(
-    x: Float[Array, "*batch in"], w: Rows, first: Int32[Array, ""], count: int
-) -> Float[Array, "*batch out"]:
-    """Compute x @ w.dequantize()[first : first + count].T, a tile of rows of w at a time.
-
-    Differentiable with respect to x alone: the backward pass dequantizes the tiles again, so the
-    forward pass keeps no dense weight; packed leaves have no gradient.
-    """
-    *batch, width = x.shape
-    y = by_tiles(x.reshape(-1, width), w, first, count)
-    return y.reshape(*batch, count).astype(x.dtype)
+def _barrier(_: Array) -> Fence:
+    return lax.optimization_barrier
 
 
 def by_tiles(
@@ -104,11 +95,14 @@ def by_tiles(
     tile_values: int = TILE_VALUES,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
     product: Callable[[Array, Array], Array] = dot,
+    fence_for: Callable[[Array], Fence] = _barrier,
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
     A tile is of at most `tile_values` values, or of `row_unit` rows; `dequantize` returns them
     `[in, tile]`, in the order in which x has them, and `product` multiplies x with them.
+    `fence_for` gets a number that changes and returns what keeps a tile's bytes apart from their
+    arithmetic.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
@@ -116,24 +110,16 @@ def by_tiles(
         return lax.dynamic_update_slice(y, part, (np.int32(0), tile.start))
 
     init = jnp.zeros((x.shape[0], count), jnp.float32)
-    return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize)
-
-
-def _forward(x: Array, w: Rows, first: Array, count: int) -> tuple[Array, tuple[Rows, Array]]:
-    return matmul_rows(x, w, first, count), (w, first)
-
-
-def _backward(
-    count: int, residuals: tuple[Rows, Array], dy: Float[Array, "*batch out"]
-) -> tuple[Array, None, None]:
-    w, first = residuals
-    return pull_back(dy, w, first, count), None, None
+    return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize, fence_for)
 
 
 def pull_back(
     dy: Float[Array, "*batch out"], w: Rows, first: Int32[Array, ""], count: int
 ) -> Float[Array, "*batch in"]:
-    """Compute dy @ w.dequantize()[first : first + count], a tile at a time."""
+    """Compute dy @ w.dequantize()[first : first + count], a tile at a time: the gradient to x.
+
+    It dequantizes the tiles again, so that no forward pass keeps a dense weight.
+    """
     *batch, _ = dy.shape
     rows = dy.reshape(-1, count)
     _, width = w.shape
@@ -145,9 +131,6 @@ def pull_back(
     init = jnp.zeros((rows.shape[0], width), jnp.float32)
     dx = _over_tiles(w, first, count, add_tile, init)
     return dx.reshape(*batch, width).astype(dy.dtype)
-
-
-matmul_rows.defvjp(_forward, _backward)
 
 
 def tile_rows(count: int, width: int, tile_values: int, unit: int = 1) -> int:
@@ -177,6 +160,7 @@ def _over_tiles(
     init: Array,
     tile_values: int = TILE_VALUES,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
+    fence_for: Callable[[Array], Fence] = _barrier,
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
@@ -188,7 +172,7 @@ def _over_tiles(
         start = jnp.minimum(i * size, count - size)
         fresh = start + np.arange(size, dtype=np.int32) >= i * size
         # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
-        packed = lax.optimization_barrier(w.slice_rows(first + start, size))
+        packed = fence_for(start)(w.slice_rows(first + start, size))
         return visit(Tile(start, fresh, dequantize(packed)), carry)
 
     return lax.fori_loop(0, -(-count // size), body, init)

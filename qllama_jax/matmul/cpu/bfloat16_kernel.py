@@ -5,8 +5,8 @@ of float32's 24 bits (Henry, Tang and Heinecke 2019, arXiv:1904.06376, who split
 has that as BF16_BF16_F32_X3, which on a CPU it computes in float32). A residual is more rows of x.
 
 512 rows times Q4_0 [4096, 2048]: 16.6 ms so, 37 by tiles in float32, 51 by the integer kernel; 128
-rows: 6.9, 15.3 and 13.6 ms (jax 0.12, two cores of an Intel Xeon with AMX). The error is 4e-6 of
-the result or less, where the rounding of x makes a thousand times that.
+rows: 6.9, 15.3 and 13.6 ms (jax 0.12, two cores of an Intel Xeon with AMX). The error is 5e-6 of
+the result, 9e-6 with a residual, where the rounding of x makes a thousand times that.
 """
 
 from __future__ import annotations
@@ -18,28 +18,24 @@ from jaxtyping import Array, BFloat16, Float, Float32, UInt32
 
 from qllama_jax.matmul import xla
 from qllama_jax.matmul.cpu import int8_kernel, processor
-from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
+from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
 # Four times as much as in float32. XLA's product packs both its operands anew for each tile: 128
 # rows times Q4_0 [2048, 5632] take 12.7 ms with half of it, 10.7 so and 13.2 with twice.
 TILE_VALUES = 2**21
 
-# Rows from which it is faster than tiles in float32: of all that the integer kernel leaves. Before
-# 0.11 XLA takes longer to dequantize into two numbers: 128 rows of Q4_K [4096, 2048] 23.8 ms for
-# 20.0, 192 rows 25.5 and 24.4, 512 rows 33.6 for 41.9.
-LEAST_ROWS = 1 if BARRIER_HOLDS else 129
 
-
-def is_fastest(rows: int) -> bool:
-    """Return whether this is faster for so many rows of x than tiles in float32."""
-    return processor.has_matrix_unit() and rows >= LEAST_ROWS
+def is_fastest() -> bool:
+    """Return whether this is faster than tiles in float32, of any number of rows."""
+    return processor.has_matrix_unit()
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
     """Compute x' @ w.dequantize().T, x' = x as `int8_kernel.multiply` rounds it.
 
-    To 2^-16 of sum |x'| |w| at the worst, but for float32's sums.
+    To 2^-16 of sum |x'| |w| at the worst, but for float32's sums; and the residual
+    is rounded to bfloat16, by up to 2^-10 of a step.
     """
     B, _ = x.shape
     parts = int8_kernel.rounded_parts(x, w.layout, with_residual)
@@ -50,7 +46,8 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
         y = xla.dot(rows, high) + xla.dot(rows, low)
         return y[:B] + y[B:] if with_residual else y
 
-    y = xla.by_tiles(x, w, jnp.int32(0), w.padded, tile_values=TILE_VALUES, product=product)
+    tiles = {"tile_values": TILE_VALUES, "product": product, "fence_for": fence_for}
+    y = xla.by_tiles(x, w, jnp.int32(0), w.padded, **tiles)
     return y[:, : w.out]
 
 
@@ -62,7 +59,8 @@ def _halves(a: Float32[Array, "n m"]) -> tuple[BFloat16[Array, "n m"], BFloat16[
     """
     high = lax.bitcast_convert_type(a, jnp.uint32) & np.uint32(0xFFFF0000)
     low = lax.bitcast_convert_type(a - lax.bitcast_convert_type(high, jnp.float32), jnp.uint32)
-    # To the nearest, of two that are as near to the even one. Beside a NaN it does not matter.
+    # To the nearest, of two that are as near to the even one. Where high is not finite, low may be
+    # anything.
     low = low + np.uint32(0x7FFF) + ((low >> np.uint32(16)) & np.uint32(1))
     return _first_16_bits(high), _first_16_bits(low)
 

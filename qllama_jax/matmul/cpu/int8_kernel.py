@@ -1,4 +1,4 @@
-"""x @ w.T with x in int8 and the weight's integers in 16-bit words: the CPU's own kernel.
+"""x @ w.T with x in 8 bits and a sign, w in 16-bit words of integers: the CPU's own kernel.
 
 Three stages, kept apart by fences, since what XLA fuses loses half of the vector width or all of
 it: the integer products of a group, summed in int16; some groups' sums, scaled, in float32; and
@@ -39,7 +39,7 @@ MOST_GROUPS = 8
 # Sums of a single row that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise.
 # For 128 rows it would be slower by a half.
 MOST_PARTS = 8
-# An int8's, and those for which sums of 4-bit weights have room.
+# Those for which sums of 4-bit weights have room.
 MOST_RESIDUAL_STEPS = 127
 
 
@@ -122,14 +122,13 @@ def is_fastest(rows: int, w: CPUWeight, with_residual: bool) -> bool:
     AVX-512 helps tiles alone (an Intel Xeon): Q4_0 154 and 139 of 128 rows, 168 and 187 of 256;
     Q6_K 100 and 80 of 64 rows, 98 and 102 of 96. Against a matrix unit's bfloat16: Q4_0 127 and 116
     of 40 rows, 110 and 128 of 48; Q6_K 86 and 80, 90 and 90; five bits 81 and 72 of 32 rows, 67 and
-    84 of 40. Before 0.11 that takes so long to dequantize that 128 rows of Q4_0 are at 127 and 137,
-    of Q4_K at 125 and 90.
+    84 of 40. (Before 0.11 both are slower, and meet at 48 to 64 rows, of five bits at 40.)
     """
     layout = w.layout
     if with_residual:
         return rows <= PART_ROWS // 4
     two_fields = len(layout.factors.bit) >= 2 * layout.group
-    if processor.has_matrix_unit() and BARRIER_HOLDS:
+    if processor.has_matrix_unit():
         return rows <= (32 if two_fields else 40)
     most = PART_ROWS // 2 if two_fields else PART_ROWS
     if processor.has_512_bits():
@@ -150,9 +149,9 @@ def rounded_parts(
 ) -> list[Float32[Array, "B in"]]:
     """Return what `round_activations` is the sum of: x in whole steps, and perhaps the residual."""
     step, scaled = _scale(x.astype(jnp.float32), layout)
-    units = [step, step * np.float32(0.5 / _residual_steps(layout))]
-    parts = _integers(scaled, layout, with_residual)
-    return [(unit[..., None] * q).reshape(x.shape) for unit, q in zip(units, parts, strict=False)]
+    whole, *residual = _integers(scaled, layout, with_residual)
+    parts = [whole, *(part * np.float32(0.5 / _residual_steps(layout)) for part in residual)]
+    return [(step[..., None] * part).reshape(x.shape) for part in parts]
 
 
 def _integers(
@@ -191,30 +190,30 @@ def _scale(
     B, width = x.shape
     groups = x.reshape(B, width // layout.group, layout.group)
     magnitudes = jnp.abs(groups)
-    largest = magnitudes.max(-1)
+    least = magnitudes.max(-1) * np.float32(1 / MOST_STEPS)
     if (bound := layout.largest_sum) is not None:
-        # Rounding adds up to a half for each weight.
-        room = np.float32(MOST_STEPS / (bound - layout.group // 2))
-        largest = jnp.maximum(largest, magnitudes.sum(-1) * room)
-    step, inverse = _powers_of_two(largest)
+        # Rounding adds up to a half for each weight. Divided before they are summed: what is
+        # finite stays so.
+        room = np.float32(1 / (bound - layout.group // 2))
+        least = jnp.maximum(least, (magnitudes * room).sum(-1))
+    step, inverse = _next_power_of_two(least)
     return step, groups * inverse[..., None]
 
 
-def _powers_of_two(largest: Float32[Array, "B G"]) -> tuple[Array, Array]:
-    """Return the largest power of two of which `largest` is at least MOST_STEPS / 2, and 1 / it.
+def _next_power_of_two(least: Float32[Array, "B G"]) -> tuple[Array, Array]:
+    """Return the first power of two above `least`, and 1 / it.
 
-    Both are 0 where that power is subnormal, for which a CPU's XLA has no numbers.
+    Both are 0 where `least` is subnormal, for XLA on a CPU no number, and where it is infinite:
+    there 0 times x is NaN.
     """
-    exponent = lax.bitcast_convert_type(largest, jnp.uint32) >> np.uint32(23)  # biased by 127
-    less = (MOST_STEPS // 2).bit_length() - 1
-    normal = exponent > less
-    step, inverse = exponent - np.uint32(less), np.uint32(254 + less) - exponent
+    exponent = lax.bitcast_convert_type(least, jnp.uint32) >> np.uint32(23)  # biased by 127
+    usual = (exponent > 0) & (exponent < 255)
 
     def power(exponent: Array) -> Array:
-        bits = jnp.where(normal, exponent << np.uint32(23), np.uint32(0))
+        bits = jnp.where(usual, exponent << np.uint32(23), np.uint32(0))
         return lax.bitcast_convert_type(bits, jnp.float32)
 
-    return power(step), power(inverse)
+    return power(exponent + np.uint32(1)), power(np.uint32(253) - exponent)
 
 
 def _product(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 INT16_MAX = 2**15 - 1
-GROUP = 32  # activations that share a step, as in ggml's block_q8_0
+GROUP = 32  # weights of the largest group, of which a row has whole ones
 MOST_STEPS = 256  # in the largest activation of a group; bfloat16 holds all integers up to that
 
 
