@@ -201,17 +201,12 @@ def _scale(
 
 
 def _next_power_of_two(least: Float32[Array, "B G"]) -> tuple[Array, Array]:
-    """Return the first power of two above `least`, and 1 / it.
-
-    Both are 0 where `least` is subnormal, for XLA on a CPU no number, and where it is infinite:
-    there 0 times x is NaN.
-    """
+    """Return the first power of two above `least`, 2^-126 at least, and 1 / it."""
     exponent = lax.bitcast_convert_type(least, jnp.uint32) >> np.uint32(23)  # biased by 127
-    usual = (exponent > 0) & (exponent < 255)
+    exponent = jnp.minimum(exponent, np.uint32(252))  # 255 is that of infinity and NaN
 
     def power(exponent: Array) -> Array:
-        bits = jnp.where(usual, exponent << np.uint32(23), np.uint32(0))
-        return lax.bitcast_convert_type(bits, jnp.float32)
+        return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)
 
     return power(exponent + np.uint32(1)), power(np.uint32(253) - exponent)
 
