@@ -190,16 +190,28 @@ def test_activations_are_rounded_to_steps_that_are_powers_of_two(name: str):
 
 
 @each_in_words
-def test_activations_of_any_size_are_rounded(name: str):
+def test_activations_of_any_size_are_rounded_or_nan(name: str):
     # Steps are 2**-126 at least, as XLA on a CPU has no subnormal numbers; and of the largest there
-    # is no sum in float32.
+    # may be no sum in float32.
     x = 2.0 ** np.r_[-149:-100, 100:128][:, None] * np.sign(normal(IN))
     x = x.astype(np.float32)
     for with_residual in (False, True):
         found = int8_kernel.round_activations(jnp.asarray(x), LAYOUTS[name], with_residual)
-        error = np.abs(np.asarray(found, np.float64) - x)
-        assert (error <= np.maximum(2.0**-126, np.abs(x) / 60)).all()
-        assert np.asarray(found)[-40:].all()
+        found = np.asarray(found, np.float64)
+        error = np.abs(found - x)
+        assert (np.isnan(found) | (error <= np.maximum(2.0**-126, np.abs(x) / 60))).all()
+        assert not np.isnan(found[np.abs(x) <= 2.0**122]).any()
+        assert found[-40:].all()
+
+
+@each_in_words
+def test_no_sum_of_tiny_activations_overflows(name: str):
+    raw = farthest_blocks(name, LANES, IN)
+    w, dense = on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
+    x = np.repeat(np.geomspace(2.0**-120, 2.0**-112, 64)[:, None], IN, axis=1).astype(np.float32)
+    most = np.abs(x).astype(np.float64) @ np.abs(dense.T)
+    found = np.asarray(integer_product(jnp.asarray(x), w, False), np.float64)
+    assert (np.abs(found - x.astype(np.float64) @ dense.T) <= 0.02 * most + 2.0**-118).all()
 
 
 @each_in_words

@@ -192,23 +192,26 @@ def _scale(
     magnitudes = jnp.abs(groups)
     least = magnitudes.max(-1) * np.float32(1 / MOST_STEPS)
     if (bound := layout.largest_sum) is not None:
-        # Rounding adds up to a half for each weight. Divided before they are summed: what is
-        # finite stays so.
+        # Rounding adds up to a half for each weight.
         room = np.float32(1 / (bound - layout.group // 2))
-        least = jnp.maximum(least, (magnitudes * room).sum(-1))
+        least = jnp.maximum(least, magnitudes.sum(-1) * room)
     step, inverse = _next_power_of_two(least)
     return step, groups * inverse[..., None]
 
 
 def _next_power_of_two(least: Float32[Array, "B G"]) -> tuple[Array, Array]:
-    """Return the first power of two above `least`, 2^-126 at least, and 1 / it."""
+    """Return the first power of two above `least`, 2^-126 at least, and 1 / it.
+
+    Of infinity, infinity and 0: what is made of these is NaN.
+    """
     exponent = lax.bitcast_convert_type(least, jnp.uint32) >> np.uint32(23)  # biased by 127
-    exponent = jnp.minimum(exponent, np.uint32(252))  # 255 is that of infinity and NaN
 
     def power(exponent: Array) -> Array:
         return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)
 
-    return power(exponent + np.uint32(1)), power(np.uint32(253) - exponent)
+    step = jnp.minimum(exponent, np.uint32(254)) + np.uint32(1)
+    inverse = np.uint32(253) - jnp.minimum(exponent, np.uint32(253))
+    return power(step), power(inverse)
 
 
 def _product(
