@@ -34,8 +34,8 @@ def is_fastest() -> bool:
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
     """Compute x' @ w.dequantize().T, x' = x as `int8_kernel.multiply` rounds it.
 
-    To 2^-16 of sum |x'| |w| at the worst, but for float32's sums; and the residual
-    is rounded to bfloat16, by up to 2^-10 of a step.
+    To 2^-16 of sum |x'| |w| at the worst, but for float32's sums. A residual is rounded once more,
+    to bfloat16: by up to 2^-10 of a step.
     """
     B, _ = x.shape
     parts = int8_kernel.rounded_parts(x, w.layout, with_residual)
