@@ -18,9 +18,6 @@ from jaxtyping import Array, Float, Float32, Int32
 # to 12 % (Q4_K_M) less than with half of that, and 3 % less than with twice as much.
 TILE_VALUES = 2**19
 
-# Gives back its argument, and XLA fuses nothing across.
-Fence = Callable[[Any], Any]
-
 # The rounding group of "int8" and "int8x2" activations, as ggml's block_q8_0.
 GROUP = 32
 
@@ -82,10 +79,6 @@ def round_activations(x: Float[Array, "*batch in"], activations: str) -> Float[A
     return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))
 
 
-def _barrier(_: Array) -> Fence:
-    return lax.optimization_barrier
-
-
 def by_tiles(
     x: Float[Array, "n in"],
     w: Rows,
@@ -95,14 +88,11 @@ def by_tiles(
     tile_values: int = TILE_VALUES,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
     product: Callable[[Array, Array], Array] = dot,
-    fence_for: Callable[[Array], Fence] = _barrier,
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
     A tile is of at most `tile_values` values, or of `row_unit` rows; `dequantize` returns them
     `[in, tile]`, in the order in which x has them, and `product` multiplies x with them.
-    `fence_for` gets a number that changes and returns what keeps a tile's bytes apart from their
-    arithmetic.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
@@ -110,7 +100,7 @@ def by_tiles(
         return lax.dynamic_update_slice(y, part, (np.int32(0), tile.start))
 
     init = jnp.zeros((x.shape[0], count), jnp.float32)
-    return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize, fence_for)
+    return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize)
 
 
 def pull_back(
@@ -160,7 +150,6 @@ def _over_tiles(
     init: Array,
     tile_values: int = TILE_VALUES,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
-    fence_for: Callable[[Array], Fence] = _barrier,
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
@@ -172,7 +161,7 @@ def _over_tiles(
         start = jnp.minimum(i * size, count - size)
         fresh = start + np.arange(size, dtype=np.int32) >= i * size
         # A slice fused into the arithmetic would turn XLA's CPU code for it scalar.
-        packed = fence_for(start)(w.slice_rows(first + start, size))
+        packed = lax.optimization_barrier(w.slice_rows(first + start, size))
         return visit(Tile(start, fresh, dequantize(packed)), carry)
 
     return lax.fori_loop(0, -(-count // size), body, init)

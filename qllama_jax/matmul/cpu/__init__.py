@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from qllama_jax.matmul import Activations, register, xla
 from qllama_jax.matmul.cpu import bfloat16_kernel, float_kernel, int8_kernel
-from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
 from qllama_jax.matmul.cpu.pack import can_pack, pack
 from qllama_jax.matmul.cpu.weight import CPUWeight
@@ -40,7 +39,7 @@ def _(w: CPUWeight, x: Float[Array, "*batch in"], activations: Activations) -> A
 
 @jax.custom_vjp
 def _tiles(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
-    y = xla.by_tiles(x, w, jnp.int32(0), w.padded, fence_for=fence_for)
+    y = xla.by_tiles(x, w, jnp.int32(0), w.padded)
     return y[:, : w.out].astype(x.dtype)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from qllama_jax.matmul.xla import Fence
+Tree = TypeVar("Tree")
+Fence = Callable[[Tree], Tree]
 
 # Before 0.11 XLA fused across an optimization barrier: 333 instead of 105 us for a row of Q4_0
 # [2048, 2048] (0.10.2). It does not fuse across a loop; but loops take twice as long to compile.

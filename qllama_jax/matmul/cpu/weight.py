@@ -12,6 +12,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
+from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.layouts import LAYOUTS, Layout
 from qllama_jax.quants import Leaf
 
@@ -123,8 +124,11 @@ class CPUWeight:
         return found.reshape(*rows.shape, found.shape[-1])
 
     def slice_rows(self, start: Int32[Array, ""], count: int) -> CPUWeight:
-        """Return `count` rows from row `start`, both multiples of LANES; fillings count."""
-        return self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES)
+        """Return `count` rows from row `start`, both multiples of LANES; fillings count.
+
+        Computed apart from what follows: fused into a dequantization, a slice makes it scalar.
+        """
+        return fence_for(start)(self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES))
 
     def slice_tiles(self, start: Int32[Array, ""], count: int) -> CPUWeight:
         """Return `count` tiles from tile `start`."""
