@@ -101,15 +101,21 @@ def test_products_of_numbers_read_them_at_places_that_are_known(name: str):
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_no_loop_copies_the_words_of_a_weight(name: str, rows: int):
-    words = pack(name, np.zeros((1024, row_bytes(name)), np.uint8)).words
-    sizes = ",".join(map(str, words.shape))
-    kinds = {"uint16": "u16", "int8": "s8", "float16": "f16", "bfloat16": "bf16"}
+def test_no_loop_copies_the_words_or_the_scales_of_a_weight(name: str, rows: int):
+    w = pack(name, np.zeros((1024, row_bytes(name)), np.uint8))
+    kinds = {
+        "uint16": "u16", "int8": "s8", "uint8": "u8", "float16": "f16", "bfloat16": "bf16"
+    }  # fmt: skip
+    arrays = {
+        (kinds[leaf.dtype.name], ",".join(map(str, leaf.shape)))
+        for leaf in (w.words, w.scale, w.minimum)
+        if leaf is not None
+    }
     copied = [
         operation
         for kernel in kernels(name, rows)
         for dtype, found, operation in kernel
-        if (dtype, found) == (kinds[words.dtype.name], sizes)
+        if (dtype, found) in arrays
     ]
     assert set(copied) <= {"parameter", "bitcast"}
 

@@ -72,6 +72,14 @@ def test_packing_takes_no_more_bytes_than_its_scales_need(name: str):
     assert on_device(name, raw).nbytes == raw.nbytes + rows * width // 256 * grows
 
 
+@each_in_words
+def test_scales_that_are_summed_together_are_one_run_of_memory(name: str):
+    w, _ = weight(name, LANES, 2048)
+    groups = 2048 // w.layout.group
+    assert w.scale.shape == (groups // 8, 1, 8, LANES)
+    assert w.minimum is None or w.minimum.shape == w.scale.shape
+
+
 def test_only_rows_of_whole_groups_can_be_packed():
     assert can_pack("F16", 64)
     assert not can_pack("F16", 48)

@@ -42,6 +42,6 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight) -> Float32[Array, "B out"]:
             chains[j % CHAINS] += numbers * columns[:, i, None, :, j, None]
         total = sum(chains[1:], chains[0])
         if w.scale is not None:
-            total = total * split(w.scale)[:, i, :, None].astype(jnp.float32)
+            total = total * split(w.scale)[:, i, :, None, 0].astype(jnp.float32)
         y = y + total
     return fence(y).sum(0).transpose(1, 0, 2).reshape(B, w.padded)[:, : w.out]

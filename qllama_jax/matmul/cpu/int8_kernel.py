@@ -34,8 +34,6 @@ PART_ROWS = 128
 # take 5 % less time than with a copy of each slab for each part.
 SLAB_PARTS = 4
 LARGE = 2048  # rows and columns of a weight for which that holds
-# Groups that stage two sums: more are slower by 1.4 (16) to 2.7 times (32) and compile slowly.
-MOST_GROUPS = 8
 # Sums of a single row that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise.
 # For 128 rows it would be slower by a half.
 MOST_PARTS = 8
@@ -300,20 +298,17 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
 def _scaled_sums(
     w: CPUWeight, x: Rounded, sums: Int16[Array, "G _ _ lanes"], axis: int, with_offsets: bool
 ) -> Float32[Array, "parts _ _ lanes"]:
-    """Stage two: the sum over up to MOST_GROUPS groups, all of one super-block."""
+    """Stage two: the sum over the groups whose scales lie side by side."""
     G, B = x.step.shape
     rows = sums.shape[axis]
     layout = w.layout
-    if w.super_scale is None:
-        count = _groups_of_a_sum(G, even=rows == 1)
-    else:
-        count = min(MOST_GROUPS, G // w.super_scale.shape[0])
+    count = w.scale.shape[-2]
 
     def split(leaf: Array) -> Array:
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
     def of_weight(leaf: Array) -> Array:
-        return jnp.expand_dims(split(leaf), axis + 1).astype(jnp.float32)
+        return jnp.expand_dims(leaf.swapaxes(1, 2), axis + 1).astype(jnp.float32)
 
     def of_rows(leaf: Array) -> Array:
         return jnp.expand_dims(split(leaf), (4 - axis, 4))
@@ -341,17 +336,6 @@ def _scaled_sums(
     if w.super_minimum is not None:
         z = z * of_super_block(w.super_minimum)
     return y - z if layout.subtracts_minimum else y + z
-
-
-def _groups_of_a_sum(groups: int, *, even: bool) -> int:
-    """Return how many groups stage two sums: up to MOST_GROUPS, and so that the sums are even.
-
-    XLA gives each core some of the sums: of a row times Q4_1 [1536, 576] with its 18 groups stage
-    two takes 9.0 us in 3 sums of 6, 5.7 in 6 sums of 3. Of many rows larger sums are faster.
-    """
-    sizes = [n for n in range(1, MOST_GROUPS + 1) if groups % n == 0]
-    alike = [n for n in sizes if even and groups // n % 2 == 0]
-    return max(alike or sizes)
 
 
 def _sum_of_groups(terms: Float32[Array, "n groups _ _ lanes"]) -> Array:

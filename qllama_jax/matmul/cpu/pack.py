@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from jaxtyping import UInt8
 
-from qllama_jax.matmul.cpu.layouts import GROUP, LAYOUTS
+from qllama_jax.matmul.cpu.layouts import GROUP, LAYOUTS, groups_of_a_sum
 from qllama_jax.matmul.cpu.weight import LANES, TAKES_BFLOAT16, CPUWeight
 from qllama_jax.tensor_file import aligned_bytes
 from qllama_jax.tensor_types import BLOCK_SIZES
@@ -66,7 +66,7 @@ def pack(format: str, rows: Rows) -> CPUWeight:
     tiles = -(-out // LANES)
     one = _reorder(format, np.zeros((LANES, row_bytes), np.uint8))
     whole = [
-        None if array is None else _room(array, 3 if name == "words" else 2, tiles)
+        None if array is None else _room(array, 2 if name.startswith("super") else 3, tiles)
         for name, array in one._asdict().items()
     ]
 
@@ -104,7 +104,7 @@ def _room(like: np.ndarray, axes: int, tiles: int) -> np.ndarray:
 
 
 def _copy(target: np.ndarray, source: np.ndarray, part: slice) -> None:
-    """Write tiles `part` of an array [G, tiles, *words, lanes]; source's first axes count G."""
+    """Write tiles `part` of an array [n, tiles, *rest, lanes]; source's first axes count n."""
     _, tiles, *rest = target.shape
     groups = source.shape[: -1 - len(rest)]
     target = target.reshape(*groups, tiles, *rest)[..., part, *(slice(None) for _ in rest)]
@@ -125,7 +125,22 @@ def _reorder(format: str, raw: UInt8[np.ndarray, "rows bytes"]) -> Arrays:
     words = words.transpose(3, 2, 0, 1)
     if format.endswith("_K"):
         words = np.ascontiguousarray(words)
-    return _REORDER[format](words)
+    arrays = _REORDER[format](words)
+    return arrays._replace(
+        scale=_side_by_side(arrays.scale, arrays, format),
+        minimum=_side_by_side(arrays.minimum, arrays, format),
+    )
+
+
+def _side_by_side(scale: np.ndarray | None, arrays: Arrays, format: str) -> np.ndarray | None:
+    """[*G, tiles, lanes] -> [*G / c, tiles, c, lanes]; the last of G's axes is cut."""
+    if scale is None:
+        return None
+    *groups, tiles, lanes = scale.shape
+    nb = None if arrays.super_scale is None else len(arrays.super_scale)
+    count = groups_of_a_sum(math.prod(groups), nb) if LAYOUTS[format].words else 1
+    cut = scale.reshape(*groups[:-1], groups[-1] // count, count, tiles, lanes)
+    return cut.swapaxes(-3, -2)
 
 
 def _half(words: Words) -> np.ndarray:
