@@ -27,13 +27,19 @@ INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
 
 
 @functools.cache
-def kernels(name: str, rows: int) -> list[list[tuple[str, str, str]]]:
-    """The fused loops of `rows` rows of x times a weight, each as its instructions."""
+def module(name: str, rows: int) -> str:
+    """The compiled product of `rows` rows of x and a weight."""
     w = pack(name, random_blocks(QType[name], (1024, 1024), np.random.default_rng(0)))
     product = jax.jit(functools.partial(ql.matmul, activations="auto"))
     text = product.lower(jnp.ones((rows, 1024)), jax.device_put(w)).compile().as_text()
     assert text is not None
-    return [INSTRUCTION.findall(part) for part in text.split("\n\n") if "%fused" in part[:10]]
+    return text
+
+
+def kernels(name: str, rows: int) -> list[list[tuple[str, str, str]]]:
+    """Its fused loops, each as its instructions."""
+    parts = module(name, rows).split("\n\n")
+    return [INSTRUCTION.findall(part) for part in parts if "%fused" in part[:10]]
 
 
 def with_products(name: str, rows: int, kind: str, count: int) -> list[tuple[str, str, str]]:
@@ -101,23 +107,33 @@ def test_products_of_numbers_read_them_at_places_that_are_known(name: str):
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_no_loop_copies_the_words_or_the_scales_of_a_weight(name: str, rows: int):
-    w = pack(name, np.zeros((1024, row_bytes(name)), np.uint8))
-    kinds = {
-        "uint16": "u16", "int8": "s8", "uint8": "u8", "float16": "f16", "bfloat16": "bf16"
-    }  # fmt: skip
-    arrays = {
-        (kinds[leaf.dtype.name], ",".join(map(str, leaf.shape)))
-        for leaf in (w.words, w.scale, w.minimum)
-        if leaf is not None
-    }
+def test_no_loop_copies_the_words_of_a_weight(name: str, rows: int):
+    words = pack(name, np.zeros((1024, row_bytes(name)), np.uint8)).words
+    sizes = ",".join(map(str, words.shape))
+    kinds = {"uint16": "u16", "int8": "s8", "float16": "f16", "bfloat16": "bf16"}
     copied = [
         operation
         for kernel in kernels(name, rows)
         for dtype, found, operation in kernel
-        if (dtype, found) in arrays
+        if (dtype, found) == (kinds[words.dtype.name], sizes)
     ]
     assert set(copied) <= {"parameter", "bitcast"}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_the_scales_of_a_weight_are_stored_in_no_other_form(name: str, rows: int):
+    scale = pack(name, np.zeros((1024, row_bytes(name)), np.uint8)).scale
+    stored = {
+        dtype
+        for part in module(name, rows).split("\n\n")
+        if "%fused" not in part[:10]
+        for dtype, sizes, operation in INSTRUCTION.findall(part)
+        if operation in {"fusion", "copy", "transpose", "convert", "call"}
+        and np.prod([int(n) for n in sizes.split(",") if n]) == scale.size
+    }
+    assert not stored & {"u8", "s8", "f16", "f32"}
+    assert rows > 1 or "s16" in stored  # the sums, of which there are as many
 
 
 def row_bytes(name: str) -> int:

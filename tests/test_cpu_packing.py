@@ -130,14 +130,16 @@ def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out:
         assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
 
 
+@pytest.mark.parametrize("rows", [1, 4, 40])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 8, 12, 18])
-def test_a_row_meets_any_number_of_groups(groups: int):
+def test_rows_meet_any_number_of_groups(groups: int, rows: int):
     # One, two and four streams: what is read side by side, and on two cores.
     w, dense = weight("Q4_1", 100, 32 * groups)
-    x = normal(1, 32 * groups)
+    np.testing.assert_array_equal(w.dequantize(), dense)
+    x = normal(rows, 32 * groups)
     rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
-    scale = np.linalg.norm(x) * np.linalg.norm(dense, axis=-1)
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
     found = np.asarray(multiply(jnp.asarray(x), w, activations="int8"), np.float64)
     assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
 

@@ -97,17 +97,15 @@ class Layout:
         return Factors(np.array(word), np.array(bit), np.stack(columns, axis=1))
 
 
-def groups_of_a_sum(groups: int, super_blocks: int | None) -> int:
-    """Return how many of a row's groups stage two of the integer kernel sums: up to MOST_GROUPS.
+def groups_of_a_sum(groups: int, *, even: bool) -> int:
+    """Return how many of the groups stage two of the integer kernel sums: up to MOST_GROUPS.
 
-    Of formats with super-blocks all are of one of these; else the sums are even in number where
-    that is possible. XLA gives each core some of them: of a row times Q4_1 [1536, 576] with its 18
-    groups stage two takes 9.0 us in 3 sums of 6, 5.7 in 6 sums of 3.
+    `even`: so that the sums are even in number, where that is possible. XLA gives each core some of
+    them: of a row times Q4_1 [1536, 576] with its 18 groups stage two takes 9.0 us in 3 sums of 6,
+    5.7 in 6 sums of 3.
     """
-    if super_blocks is not None:
-        return min(MOST_GROUPS, groups // super_blocks)
     sizes = [n for n in range(1, MOST_GROUPS + 1) if groups % n == 0]
-    alike = [n for n in sizes if groups // n % 2 == 0]
+    alike = [n for n in sizes if even and groups // n % 2 == 0]
     return max(alike or sizes)
 
 

@@ -46,7 +46,7 @@ class Rows(Protocol):
 
 
 class Arrays(NamedTuple):
-    """The arrays of a CPUWeight, all with tiles as their second axis."""
+    """The arrays of a CPUWeight; their first axes may be several that count the same."""
 
     words: np.ndarray
     scale: np.ndarray | None = None
@@ -127,20 +127,18 @@ def _reorder(format: str, raw: UInt8[np.ndarray, "rows bytes"]) -> Arrays:
         words = np.ascontiguousarray(words)
     arrays = _REORDER[format](words)
     return arrays._replace(
-        scale=_side_by_side(arrays.scale, arrays, format),
-        minimum=_side_by_side(arrays.minimum, arrays, format),
+        scale=_side_by_side(arrays.scale, format),
+        minimum=_side_by_side(arrays.minimum, format),
     )
 
 
-def _side_by_side(scale: np.ndarray | None, arrays: Arrays, format: str) -> np.ndarray | None:
-    """[*G, tiles, lanes] -> [*G / c, tiles, c, lanes]; the last of G's axes is cut."""
+def _side_by_side(scale: np.ndarray | None, format: str) -> np.ndarray | None:
+    """[nb, n, tiles, lanes] or [G, tiles, lanes] -> [nb, n / c, tiles, c, lanes] or without nb."""
     if scale is None:
         return None
-    *groups, tiles, lanes = scale.shape
-    nb = None if arrays.super_scale is None else len(arrays.super_scale)
-    count = groups_of_a_sum(math.prod(groups), nb) if LAYOUTS[format].words else 1
-    cut = scale.reshape(*groups[:-1], groups[-1] // count, count, tiles, lanes)
-    return cut.swapaxes(-3, -2)
+    *blocks, groups, tiles, lanes = scale.shape
+    count = groups_of_a_sum(groups, even=not blocks) if LAYOUTS[format].words else 1
+    return scale.reshape(*blocks, groups // count, count, tiles, lanes).swapaxes(-3, -2)
 
 
 def _half(words: Words) -> np.ndarray:
