@@ -80,6 +80,12 @@ def test_scales_that_are_summed_together_are_one_run_of_memory(name: str):
     assert w.minimum is None or w.minimum.shape == w.scale.shape
 
 
+@pytest.mark.parametrize(("groups", "together"), [(1, 1), (18, 3), (48, 8), (64, 8), (344, 4)])
+def test_a_row_has_an_even_number_of_such_runs_where_it_can(groups: int, together: int):
+    w, _ = weight("Q4_1", LANES, 32 * groups)
+    assert w.scale.shape == (groups // together, 1, together, LANES)
+
+
 def test_only_rows_of_whole_groups_can_be_packed():
     assert can_pack("F16", 64)
     assert not can_pack("F16", 48)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int16
 
 from qllama_jax.matmul.cpu import processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
-from qllama_jax.matmul.cpu.layouts import GROUP, MOST_STEPS, Layout
+from qllama_jax.matmul.cpu.layouts import GROUP, MOST_GROUPS, MOST_STEPS, Layout
 from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece. More
@@ -298,17 +298,21 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
 def _scaled_sums(
     w: CPUWeight, x: Rounded, sums: Int16[Array, "G _ _ lanes"], axis: int, with_offsets: bool
 ) -> Float32[Array, "parts _ _ lanes"]:
-    """Stage two: the sum over the groups whose scales lie side by side."""
+    """Stage two: the sum over groups whose scales lie side by side; of many rows over more."""
     G, B = x.step.shape
     rows = sums.shape[axis]
     layout = w.layout
-    count = w.scale.shape[-2]
+    sums_of_weight, tiles, count, lanes = w.scale.shape
+    if rows > 1:
+        more = range(1, MOST_GROUPS // count + 1)
+        count *= max(n for n in more if sums_of_weight % n == 0)
 
     def split(leaf: Array) -> Array:
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
     def of_weight(leaf: Array) -> Array:
-        return jnp.expand_dims(leaf.swapaxes(1, 2), axis + 1).astype(jnp.float32)
+        leaf = leaf.swapaxes(1, 2).reshape(G // count, count, tiles, lanes)
+        return jnp.expand_dims(leaf, axis + 1).astype(jnp.float32)
 
     def of_rows(leaf: Array) -> Array:
         return jnp.expand_dims(split(leaf), (4 - axis, 4))
