@@ -4,8 +4,9 @@
 
 By the recipe of llama.cpp's tools/perplexity. It comes as llama-cpp-python; where that is installed
 beside another Python, name it with --llama-python. Its CPU kernels round activations to int8, as
-"int8" does here; "int8x2" adds what the rounding leaves, rounded too; "float" rounds nothing, so
-the divergence of the others from it, KL(float || other) a token, is what their rounding costs.
+"int8" does here; "int8x2" adds what the rounding leaves, rounded too; "auto" is "int8", or bfloat16
+where the CPU multiplies that; "float" rounds nothing, so the divergence of the others from it,
+KL(float || other) a token, is what their rounding costs.
 --float64 adds the tests' float64 model, the judge of all, at ten seconds a chunk. Exit status 1
 where a token id differs, a perplexity differs from llama.cpp's by more than 0.5 %, or a divergence
 is above llama.cpp's.
@@ -135,7 +136,7 @@ def main() -> int:
             return 1
         theirs = arrays(process.stdout, tuple(header["shape"]))
         sides = [Side(EXACT, ours(model, "float")), Side(THEIRS, lambda _: next(theirs))]
-        sides += [Side(f"qllama_jax, {a}", ours(model, a)) for a in ("int8", "int8x2")]
+        sides += [Side(f"qllama_jax, {a}", ours(model, a)) for a in ("auto", "int8", "int8x2")]
         if args.float64:
             sides.append(Side("float64", float64(args.model)))
         for i, chunk in enumerate(chunks):

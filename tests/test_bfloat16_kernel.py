@@ -5,6 +5,7 @@ The code is the same on every CPU, which multiplies bfloat16 one way or another:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,27 +93,27 @@ def test_only_many_rows_and_a_matrix_unit_take_it(name: str, set_instructions: S
     assert takes_bfloat16(name, 300, "int8x2")
     assert not takes_bfloat16(name, 300, "float")
     assert not takes_bfloat16(name, 8)
-    assert takes_bfloat16(name, 41)
+    assert takes_bfloat16(name, 25)
     for others in ((), ("avx2",), ("avx512f", "avx512_bf16")):
         set_instructions(*others)
         assert not takes_bfloat16(name, 300)
 
 
-def test_a_processor_with_wider_vectors_leaves_the_integer_kernel_earlier(
+def test_a_processor_with_faster_tiles_leaves_the_integer_kernel_earlier(
     set_instructions: SetInstructions,
 ):
-    weights = [weight("Q4_0", 2048, 2048)[0], weight("Q6_K", 16)[0], weight("Q5_0", 16)[0]]
-    most = {
-        (): (512, 128, 64),
-        ("avx512f",): (128, 64, 64),
-        MATRIX_UNIT: (40, 40, 32),
-    }
-    for names, rows_of in most.items():
+    weights = [weight("Q4_0", 2048, 2048)[0], weight("Q4_K", 16)[0], weight("Q6_K", 16)[0]]
+    weights.append(weight("Q5_0", 16)[0])
+
+    def most(beside_bfloat16: bool, with_residual: bool = False) -> list[int]:
+        options = {"with_residual": with_residual, "beside_bfloat16": beside_bfloat16}
+        return [int8_kernel.most_rows(w, **options) for w in weights]
+
+    for names, limits in (((), [sys.maxsize, 128, 24, 16]), (("avx512f",), [64, 64, 24, 16])):
         set_instructions(*names)
-        for w, limit in zip(weights, rows_of, strict=True):
-            for rows in (8, 32, 33, 40, 41, 64, 65, 128, 129, 512):
-                assert int8_kernel.is_fastest(rows, w, with_residual=False) == (rows <= limit)
-                assert int8_kernel.is_fastest(rows, w, with_residual=True) == (rows <= 32)
+        assert most(False) == limits
+        assert most(True) == [24, 24, 24, 16]
+        assert most(False, with_residual=True) == most(True, with_residual=True) == [8] * 4
 
 
 @each_in_words

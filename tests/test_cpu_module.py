@@ -18,6 +18,7 @@ import qllama_jax as ql
 from blocks import random_blocks
 from cpu_weights import IN_WORDS
 from qllama_jax.matmul.cpu import LAYOUTS, pack
+from qllama_jax.matmul.cpu.tiles import tile_rows
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -57,7 +58,7 @@ def with_products(name: str, rows: int, kind: str, count: int) -> list[tuple[str
     return found[0]
 
 
-@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("rows", [1, 4, 12])
 @pytest.mark.parametrize("name", IN_WORDS)
 def test_integer_products_share_their_loop_with_no_wider_lanes(name: str, rows: int):
     # LLVM makes vectors of as many lanes as the widest type in a loop allows.
@@ -66,7 +67,7 @@ def test_integer_products_share_their_loop_with_no_wider_lanes(name: str, rows: 
     assert lanes == {"u16", "s16"}
 
 
-@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("rows", [1, 4, 12])
 @pytest.mark.parametrize("name", IN_WORDS)
 def test_integer_products_read_their_words_at_places_that_are_known(name: str, rows: int):
     # Where a slice begins at a place that is computed, or a gather, XLA's loop is scalar.
@@ -96,6 +97,21 @@ def test_a_tile_is_cut_out_of_a_weight_before_it_is_dequantized(name: str):
     assert cuts
     for operations in cuts:
         assert operations <= {"parameter", "dynamic-slice", "bitcast", "copy", "transpose"}
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_a_tile_is_dequantized_from_words_that_lie_side_by_side(name: str):
+    # From tiles of LANES XLA's code gathers numbers one by one: five times as long.
+    size = tile_rows(1024, 1024)
+    read = [
+        sizes
+        for kernel in kernels(name, 300)
+        if any(sizes == f"1024,{size}" and kind == "bitcast" for _, sizes, kind in kernel)
+        for _, sizes, kind in kernel
+        if kind == "parameter" and sizes.count(",") >= 2
+    ]
+    assert read
+    assert all(sizes.endswith(f",{size}") for sizes in read)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

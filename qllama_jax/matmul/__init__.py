@@ -35,7 +35,9 @@ def matmul(
             what is fastest for the leaf type: "float" for a `Block`, "int8" for integers of up to 6
             bits packed for a CPU. With those, steps are powers of two, up to 256 to the largest
             magnitude of each 32 or 16 values, and the second int8 of five and six bits 1/126 of a
-            step (see `matmul.cpu.int8_kernel`).
+            step (see `matmul.cpu.int8_kernel`); and "auto" rounds both x and w to bfloat16 for more
+            than 24 rows (16 in five bits) on a CPU that multiplies that, which loses less than
+            "int8" does and depends on the number of rows.
 
     Returns:
         `[*batch, out]` in the dtype of x.

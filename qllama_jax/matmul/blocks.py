@@ -123,9 +123,8 @@ def by_large_tiles(
 
     tile_values = (tile_bytes or TILE_BYTES) // x.dtype.itemsize
     if count * w.shape[-1] > tile_values:
-        return xla.by_tiles(
-            order(x), w, _start(first), count, tile_values=tile_values, dequantize=dequantize
-        )
+        size = xla.tile_rows(count, w.shape[-1], tile_values)
+        return xla.by_tiles(order(x), w, _start(first), count, size=size, dequantize=dequantize)
     part = w if first is None else w.slice_rows(first, count)
     # The barrier holds x too: what waits for nothing may be made dense long before its turn.
     part, x = lax.optimization_barrier((part, x))

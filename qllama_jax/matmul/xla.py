@@ -85,14 +85,15 @@ def by_tiles(
     first: Int32[Array, ""],
     count: int,
     *,
-    tile_values: int = TILE_VALUES,
+    size: int | None = None,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
     product: Callable[[Array, Array], Array] = dot,
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
-    A tile is of at most `tile_values` values, or of `row_unit` rows; `dequantize` returns them
-    `[in, tile]`, in the order in which x has them, and `product` multiplies x with them.
+    A tile is of `size` rows, a multiple of `row_unit`; None: of as many as TILE_VALUES are, or of
+    `row_unit`. `dequantize` returns them `[in, tile]`, in the order in which x has them, and
+    `product` multiplies x with them.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
@@ -100,15 +101,21 @@ def by_tiles(
         return lax.dynamic_update_slice(y, part, (np.int32(0), tile.start))
 
     init = jnp.zeros((x.shape[0], count), jnp.float32)
-    return _over_tiles(w, first, count, write_tile, init, tile_values, dequantize)
+    return _over_tiles(w, first, count, write_tile, init, size, dequantize)
 
 
 def pull_back(
-    dy: Float[Array, "*batch out"], w: Rows, first: Int32[Array, ""], count: int
+    dy: Float[Array, "*batch out"],
+    w: Rows,
+    first: Int32[Array, ""],
+    count: int,
+    *,
+    size: int | None = None,
 ) -> Float[Array, "*batch in"]:
     """Compute dy @ w.dequantize()[first : first + count], a tile at a time: the gradient to x.
 
-    It dequantizes the tiles again, so that no forward pass keeps a dense weight.
+    It dequantizes the tiles again, so that no forward pass keeps a dense weight. `size` is as in
+    `by_tiles`.
     """
     *batch, _ = dy.shape
     rows = dy.reshape(-1, count)
@@ -119,7 +126,7 @@ def pull_back(
         return dx + dot(jnp.where(tile.fresh[None], slab, 0), tile.dense.T)
 
     init = jnp.zeros((rows.shape[0], width), jnp.float32)
-    dx = _over_tiles(w, first, count, add_tile, init)
+    dx = _over_tiles(w, first, count, add_tile, init, size)
     return dx.reshape(*batch, width).astype(dy.dtype)
 
 
@@ -148,12 +155,12 @@ def _over_tiles(
     count: int,
     visit: Callable[[Tile, Array], Array],
     init: Array,
-    tile_values: int = TILE_VALUES,
+    size: int | None = None,
     dequantize: Callable[[Any], Array] = dequantize_transposed,
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
-    size = tile_rows(count, width, tile_values, w.row_unit)
+    size = tile_rows(count, width, TILE_VALUES, w.row_unit) if size is None else size
 
     def body(i: Array, carry: Array) -> Array:
         i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qllama_jax.matmul import Activations, register, xla
-from qllama_jax.matmul.cpu import bfloat16_kernel, float_kernel, int8_kernel
+from qllama_jax.matmul.cpu import bfloat16_kernel, float_kernel, int8_kernel, processor, tiles
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
 from qllama_jax.matmul.cpu.pack import can_pack, pack
 from qllama_jax.matmul.cpu.weight import CPUWeight
@@ -29,18 +29,26 @@ def _(w: CPUWeight, x: Float[Array, "*batch in"], activations: Activations) -> A
         # activations.
         if w.format == "Q8_0":
             rows = xla.round_activations(rows, activations)
-        y = _few_rows(rows, w) if B <= float_kernel.MOST_ROWS else _tiles(rows, w)
+        few = B <= float_kernel.MOST_ROWS
+        y = _few_rows(rows, w) if few else _tiles(rows, w, in_bfloat16=False)
     elif activations == "float":
-        y = _tiles(rows, w)
+        y = _tiles(rows, w, in_bfloat16=False)
+    elif activations == "auto" and _is_faster_in_bfloat16(B, w):
+        y = _tiles(rows, w, in_bfloat16=True)
     else:
         y = _rounded(rows, w, activations == "int8x2")
     return y.reshape(*batch, w.out)
 
 
-@jax.custom_vjp
-def _tiles(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
-    y = xla.by_tiles(x, w, jnp.int32(0), w.padded)
-    return y[:, : w.out].astype(x.dtype)
+def _is_faster_in_bfloat16(rows: int, w: CPUWeight) -> bool:
+    most = int8_kernel.most_rows(w, with_residual=False, beside_bfloat16=True)
+    return processor.multiplies_bfloat16() and rows > most
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tiles(x: Float[Array, "B in"], w: CPUWeight, in_bfloat16: bool) -> Float[Array, "B out"]:
+    rows = x.astype(jnp.bfloat16) if in_bfloat16 else x
+    return tiles.by_tiles(rows, w).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -50,24 +58,31 @@ def _few_rows(x: Float[Array, "B in"], w: CPUWeight) -> Float[Array, "B out"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float[Array, "B out"]:
-    rows = x.shape[0]
-    if int8_kernel.is_fastest(rows, w, with_residual):
-        return int8_kernel.multiply(x, w, with_residual).astype(x.dtype)
-    if bfloat16_kernel.is_fastest():
-        return bfloat16_kernel.multiply(x, w, with_residual).astype(x.dtype)
-    # In float32: a product with half floats would round the weights.
-    rounded = int8_kernel.round_activations(x.astype(jnp.float32), w.layout, with_residual)
-    return _tiles(rounded, w).astype(x.dtype)
+    rows, _ = x.shape
+    has_unit = processor.has_matrix_unit()
+    if rows <= int8_kernel.most_rows(w, with_residual, beside_bfloat16=has_unit):
+        y = int8_kernel.multiply(x, w, with_residual)
+    elif has_unit:
+        y = bfloat16_kernel.multiply(x, w, with_residual)
+    else:
+        # In float32: a product with half floats would round the weights.
+        x32 = x.astype(jnp.float32)
+        y = tiles.by_tiles(int8_kernel.round_activations(x32, w.layout, with_residual), w)
+    return y.astype(x.dtype)
 
 
 def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B in"], None]:
     # The gradient of the exact product: that of rounding is zero everywhere.
     filled = jnp.pad(dy, ((0, 0), (0, w.padded - w.out)))
-    return xla.pull_back(filled, w, jnp.int32(0), w.padded), None
+    size = tiles.tile_rows(w.padded, w.shape[-1])
+    return xla.pull_back(filled, w, jnp.int32(0), w.padded, size=size), None
 
 
-_tiles.defvjp(lambda x, w: (_tiles(x, w), w), _pull_back)
 _few_rows.defvjp(lambda x, w: (_few_rows(x, w), w), _pull_back)
+_tiles.defvjp(
+    lambda x, w, in_bfloat16: (_tiles(x, w, in_bfloat16), w),
+    lambda _, w, dy: _pull_back(w, dy),
+)
 _rounded.defvjp(
     lambda x, w, with_residual: (_rounded(x, w, with_residual), w),
     lambda _, w, dy: _pull_back(w, dy),

@@ -5,7 +5,8 @@ of float32's 24 bits (Henry, Tang and Heinecke 2019, arXiv:1904.06376, who split
 has that as BF16_BF16_F32_X3, which on a CPU it computes in float32). A residual is more rows of x.
 
 512 rows times Q4_0 [4096, 2048]: 16.6 ms so, 37 by tiles in float32, 51 by the integer kernel; 128
-rows: 6.9, 15.3 and 13.6 ms (jax 0.12, two cores of an Intel Xeon with AMX). The error is 5e-6 of
+rows: 6.9, 15.3 and 13.6 ms (jax 0.12, two cores of an Intel Xeon with AMX; before dequantized tiles
+were wide ones, see `CPUWeight.slice_rows`). The error is 5e-6 of
 the result, 9e-6 with a residual, where the rounding of x makes a thousand times that.
 """
 
@@ -17,17 +18,8 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float32, UInt32
 
 from qllama_jax.matmul import xla
-from qllama_jax.matmul.cpu import int8_kernel, processor
+from qllama_jax.matmul.cpu import int8_kernel, tiles
 from qllama_jax.matmul.cpu.weight import CPUWeight
-
-# Four times as much as in float32. XLA's product packs both its operands anew for each tile: 128
-# rows times Q4_0 [2048, 5632] take 12.7 ms with half of it, 10.7 so and 13.2 with twice.
-TILE_VALUES = 2**21
-
-
-def is_fastest() -> bool:
-    """Return whether this is faster than tiles in float32, of any number of rows."""
-    return processor.has_matrix_unit()
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
@@ -45,8 +37,7 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
         y = xla.dot(rows, high) + xla.dot(rows, low)
         return y[:B] + y[B:] if with_residual else y
 
-    y = xla.by_tiles(x, w, jnp.int32(0), w.padded, tile_values=TILE_VALUES, product=product)
-    return y[:, : w.out]
+    return tiles.by_tiles(x, w, product)
 
 
 def _halves(a: Float32[Array, "n m"]) -> tuple[BFloat16[Array, "n m"], BFloat16[Array, "n m"]]:

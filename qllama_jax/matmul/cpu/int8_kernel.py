@@ -9,6 +9,7 @@ the sum of those. One row of x times Q4_0 [2048, 2048] takes 100 to 118 us that 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -107,32 +108,30 @@ def _residual_steps(layout: Layout) -> int:
     return MOST_RESIDUAL_STEPS if bound is None else min(MOST_RESIDUAL_STEPS, bound // layout.group)
 
 
-def is_fastest(rows: int, w: CPUWeight, with_residual: bool) -> bool:
-    """Return whether this kernel is faster for so many rows of x than a dequantized weight.
+def most_rows(w: CPUWeight, with_residual: bool, *, beside_bfloat16: bool) -> int:
+    """Return up to how many rows of x this kernel is faster than a dequantized weight.
 
-    Against tiles in float32, billion operations a second, [4096, 2048], as kernel and as tiles:
-    Q4_0 and Q4_K 167 and 118 of 64 rows, 173 and 160 of 512; with groups of 16 weights (Q6_K, Q3_K,
-    Q2_K) 124 to 135 and 91 to 113 of 64 rows, 129 to 139 and 126 to 133 of 128, and 129 to 136 and
-    158 to 164 of 512; with two fields a weight (five bits) 97 and 94 to 96 of 64 rows, 99 to 101
-    and 121 to 124 of 128. Of 512 rows and Q4_1 [1536, 576] tiles are faster by 8 %, and of Q4_0
-    [256, 2048] by 28 %. A residual doubles this kernel's work and not that of tiles.
+    `beside_bfloat16`: than one in bfloat16 where a processor multiplies that, else in float32. The
+    rows at which two take as long, times [5632, 2048] and [2048, 5632] (jax 0.12, two cores of an
+    EPYC Genoa, and with `--xla_cpu_max_isa=AVX2` there):
 
-    AVX-512 helps tiles alone (an Intel Xeon): Q4_0 154 and 139 of 128 rows, 168 and 187 of 256;
-    Q6_K 100 and 80 of 64 rows, 98 and 102 of 96. Against a matrix unit's bfloat16: Q4_0 127 and 116
-    of 40 rows, 110 and 128 of 48; Q6_K 86 and 80, 90 and 90; five bits 81 and 72 of 32 rows, 67 and
-    84 of 40. (Before 0.11 both are slower, and meet at 48 to 64 rows, of five bits at 40.)
+        Q4_0, Q4_K         28 to 36 beside bfloat16, 48 to 100 beside float32, AVX2 100 to 512
+        Q6_K, Q3_K, Q2_K   16 to 28                  24 to 40                  24 to 36
+        Q5_0, Q5_K         16                        16                        16 to 20
+
+    On an EPYC Milan, whose vectors are of AVX2, float32 did not reach this kernel's speed at 512
+    rows of large weights. A residual doubles the work of this kernel and not that of float32's.
     """
     layout = w.layout
     if with_residual:
-        return rows <= PART_ROWS // 4
-    two_fields = len(layout.factors.bit) >= 2 * layout.group
-    if processor.has_matrix_unit():
-        return rows <= (32 if two_fields else 40)
-    most = PART_ROWS // 2 if two_fields else PART_ROWS
+        return 8
+    if len(layout.factors.bit) >= 2 * layout.group:  # two fields a weight
+        return 16
+    if beside_bfloat16 or layout.group < GROUP:
+        return 24
     if processor.has_512_bits():
-        return rows <= (most // 2 if layout.group < GROUP else most)
-    large = layout.group == GROUP and min(w.shape[-2:]) >= LARGE
-    return rows <= most or (large and not two_fields)
+        return 64
+    return sys.maxsize if min(w.shape[-2:]) >= LARGE else PART_ROWS
 
 
 def round_activations(

@@ -25,6 +25,11 @@ def has_matrix_unit() -> bool:
     return "amx_bf16" in instructions()
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether products of bfloat16 take less time than of float32: at most half of it."""
+    return has_matrix_unit() or "avx512_bf16" in instructions()
+
+
 def has_512_bits() -> bool:
     """Return whether its vectors of float32 have 16 lanes, of AVX-512, instead of 8."""
     return "avx512f" in instructions()

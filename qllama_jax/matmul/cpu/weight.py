@@ -62,7 +62,7 @@ class CPUWeight:
     @property
     def padded(self) -> int:
         """Rows with the fillings of the last tile."""
-        return LANES * self.words.shape[-3]
+        return self.words.shape[-3] * self.words.shape[-1]
 
     @property
     def ndim(self) -> int:
@@ -90,10 +90,11 @@ class CPUWeight:
         if self.layout.zero:  # a difference would flush subnormal numbers
             values = values - np.float32(self.layout.zero)
         if self.scale is not None:
-            scale = _full_scale(self.scale, self.super_scale)
+            scale = lax.optimization_barrier(_full_scale(self.scale, self.super_scale))
             values = scale[..., None, :] * values
         if self.minimum is not None:
-            minimum = _full_scale(self.minimum, self.super_minimum)[..., None, :]
+            minimum = lax.optimization_barrier(_full_scale(self.minimum, self.super_minimum))
+            minimum = minimum[..., None, :]
             values = values - minimum if self.layout.subtracts_minimum else values + minimum
         # [*, G, tiles, group, lanes] -> [*, G, group, tiles, lanes]
         values = jnp.swapaxes(values, -3, -2)
@@ -128,11 +129,16 @@ class CPUWeight:
         return found.reshape(*rows.shape, found.shape[-1])
 
     def slice_rows(self, start: Int32[Array, ""], count: int) -> CPUWeight:
-        """Return `count` rows from row `start`, both multiples of LANES; fillings count.
+        """Return `count` rows from row `start`, both multiples of LANES, as one wide tile.
 
-        Computed apart from what follows: fused into a dequantization, a slice makes it scalar.
+        So what is dequantized lies in memory as it does after it. Rows in many tiles XLA's code
+        gathers number by number: [5632, 2048] takes 6.5 ms in Q4_0 and 7.7 in Q4_K, as a wide tile
+        1.3 and 1.2, and 0.3 to make it one (jax 0.12, two cores of an EPYC Genoa).
         """
-        return fence_for(start)(self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES))
+        fence = fence_for(start)
+        # Computed apart: fused into what follows, a slice makes it scalar.
+        part = fence(self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES))
+        return fence(jax.tree.map(lambda leaf: _in_one_tile(leaf, axis=1), part))
 
     def slice_tiles(self, start: Int32[Array, ""], count: int) -> CPUWeight:
         """Return `count` tiles from tile `start`."""
@@ -152,6 +158,12 @@ class CPUWeight:
             found = term if found is None else found + term
         assert found is not None
         return found.astype(jnp.int16)
+
+
+def _in_one_tile(leaf: Array, axis: int) -> Array:
+    """Return a leaf with its tiles, which are at `axis`, side by side in the lanes."""
+    leaf = jnp.moveaxis(leaf, axis, -2)
+    return jnp.expand_dims(leaf.reshape(*leaf.shape[:-2], -1), axis)
 
 
 def as_float(numbers: Array) -> Float32[Array, "*shape"]:

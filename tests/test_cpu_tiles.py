@@ -1,0 +1,149 @@
+"""Products of many rows by dequantized tiles, in bfloat16 where a processor multiplies that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QType
+
+import cpu_weights
+import qllama_jax as ql
+from blocks import blocks_like
+from cpu_weights import IN_WORDS, normal, weight
+from qllama_jax.matmul.cpu import processor, tiles
+from qllama_jax.matmul.cpu.weight import LANES
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu", "with_bfloat16")
+each_in_words = pytest.mark.parametrize("name", IN_WORDS)
+IN = 512
+
+
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies bfloat16 in vectors; any other does it too, only slower."""
+    monkeypatch.setattr(processor, "instructions", lambda: frozenset({"avx512f", "avx512_bf16"}))
+
+
+def multiply(x: Any, w: Any, activations: str = "auto") -> np.ndarray:
+    # A function of its own each time: a trace of the same would keep its choice of a kernel.
+    return np.asarray(jax.jit(lambda x, w: ql.matmul(x, w, activations=activations))(x, w))  # pyright: ignore[reportArgumentType]
+
+
+def rounded(a: np.ndarray) -> np.ndarray:
+    return a.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.sqrt(((found - wanted) ** 2).sum() / (wanted**2).sum()))
+
+
+@each_in_words
+@pytest.mark.parametrize("out", [7, 1500])  # one tile with fillings; several, the last repeats rows
+def test_the_product_is_that_of_both_rounded(name: str, out: int):
+    w, dense = weight(name, out, IN)
+    x = normal(100, IN)
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+    found = multiply(x, w)
+    assert found.dtype == np.float32
+    assert (np.abs(found - rounded(x) @ rounded(dense).T) <= 2.0**-21 * scale).all()
+
+
+@each_in_words
+def test_less_is_lost_than_by_activations_of_eight_bits(name: str):
+    w, dense = weight(name, 1000, IN)
+    x = normal(100, IN)
+    wanted = x.astype(np.float64) @ dense.T
+    assert relative_error(multiply(x, w), wanted) <= 0.0026
+    assert relative_error(multiply(x, w, "int8"), wanted) >= 0.003
+
+
+def in_bfloat16(name: str, rows: int, activations: str) -> bool:
+    w, _ = weight(name, 100, IN)
+    jaxpr = jax.make_jaxpr(lambda x: ql.matmul(x, w, activations=activations))(normal(rows, IN))  # pyright: ignore[reportArgumentType]
+    return "bf16" in str(jaxpr)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q5_0"])
+def test_only_many_rows_of_auto_and_a_processor_that_multiplies_it_take_bfloat16(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    assert in_bfloat16(name, 25, "auto")
+    assert not in_bfloat16(name, 16, "auto")
+    for activations in ("float", "int8", "int8x2"):
+        assert not in_bfloat16(name, 300, activations)
+    monkeypatch.setattr(processor, "instructions", lambda: frozenset({"avx2", "avx512f"}))
+    assert not in_bfloat16(name, 300, "auto")
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "F16", "BF16"])
+def test_weights_of_eight_and_sixteen_bits_meet_exact_activations(name: str):
+    w, dense = weight(name, 100, IN)
+    x = normal(100, IN)
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+    assert (np.abs(multiply(x, w) - x.astype(np.float64) @ dense.T) <= 2.0**-21 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_floats_come_back_as_they_were(dtype: Any):
+    w, dense = weight("Q4_K", 100, IN)
+    x = jnp.asarray(normal(100, IN), dtype)
+    found = multiply(x, w)
+    assert found.dtype == dtype
+    wanted = rounded(np.asarray(x, np.float64)) @ rounded(dense).T
+    assert relative_error(found.astype(np.float64), wanted) <= 0.003
+
+
+@each_in_words
+def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str):
+    w, _ = weight(name, 100, IN)
+    x = normal(100, IN)
+    x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
+    found = multiply(x, w)
+    assert not found[0].any()
+    assert not np.isfinite(found[1]).any()
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(found[3:]).all()
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0x7C01, 0x7DFF, 0x7E00, 0x7FFF, 0xFC00, 0xFFFF], ids=hex)
+def test_a_scale_that_is_not_finite_never_makes_a_number(bits: int):
+    raw = np.array(blocks_like(normal(LANES, IN), QType.Q4_0, np.random.default_rng(0)))
+    raw[1, 18:20] = np.frombuffer(np.uint16(bits).tobytes(), np.uint8)
+    found = multiply(normal(100, IN), cpu_weights.on_device("Q4_0", raw))
+    assert not np.isfinite(found[:, 1]).any()
+    assert np.isfinite(np.delete(found, 1, axis=1)).all()
+
+
+def test_the_gradient_is_that_of_the_exact_product():
+    w, dense = weight("Q4_K", 1500, IN)
+    g = normal(100, 1500)
+    x = jnp.asarray(normal(100, IN))
+    gradient = jax.grad(lambda x: (ql.matmul(x, w, activations="auto") * g).sum())(x)
+    wanted = g.astype(np.float64) @ dense
+    assert np.abs(gradient - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
+def test_no_weight_is_held_dense(name: str):
+    rows, out = 100, 2048 * LANES
+    product = jax.jit(lambda x, w: ql.matmul(x, w, activations="auto"))
+    taken = cpu_weights.temporary_bytes(product, name, (rows, IN, 2048))
+    assert taken - 4 * rows * out <= 8 * tiles.TILE_ROWS * IN
+
+
+@pytest.mark.parametrize("width", [576, 2048, 5632, 28_672])
+@pytest.mark.parametrize("rows", [16, 576, 1024, 1536, 5632, 32_000, 128_256])
+def test_tiles_are_those_of_a_fast_product_and_repeat_few_rows(rows: int, width: int):
+    size = tiles.tile_rows(rows, width)
+    count = -(-rows // size)
+    assert size <= rows
+    assert size % LANES == 0
+    assert size * width <= tiles.TILE_VALUES or size <= tiles.TILE_UNIT
+    assert count * size <= 1.13 * rows
+    if rows >= 1024:
+        assert size % 128 == 0
+        assert 128 <= size <= 512
