@@ -21,7 +21,7 @@ import qllama_jax as ql
 from blocks import blocks_like
 from cpu_weights import IN_WORDS, normal
 from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor
-from qllama_jax.matmul.cpu.processor import instructions
+from qllama_jax.matmul.cpu.processor import instructions, vendor
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -177,19 +177,25 @@ def test_the_gradient_is_that_of_the_exact_product():
     assert np.abs(gradient - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+INTEL = (
+    "vendor_id\t: GenuineIntel\nfpu\t: yes\nflags\t: fpu avx2\nvmx flags\t: vnmi\n\nflags\t: fpu\n"
+)
+
+
 @pytest.mark.parametrize(
-    ("text", "names"),
+    ("text", "maker", "names"),
     [
-        ("fpu\t: yes\nflags\t: fpu avx2\nvmx flags\t: vnmi\n\nflags\t: fpu\n", "fpu avx2"),
-        ("processor\t: 0\nFeatures\t: fp asimd\n", ""),
-        ("flags\n", ""),
-        ("", ""),
-        (None, ""),
+        (INTEL, "GenuineIntel", "fpu avx2"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "", ""),
+        ("vendor_id\nflags\n", "", ""),
+        ("", "", ""),
+        (None, "", ""),
     ],
     ids=["x86", "arm", "no colon", "empty", "no file"],
 )
-def test_instructions_are_those_that_linux_names(tmp_path: Path, text: str | None, names: str):
+def test_a_processor_is_what_linux_says(tmp_path: Path, text: str | None, maker: str, names: str):
     path = tmp_path / "cpuinfo"
     if text is not None:
         path.write_text(text)
     assert instructions(path) == frozenset(names.split())
+    assert vendor(path) == maker

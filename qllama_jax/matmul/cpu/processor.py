@@ -1,4 +1,4 @@
-"""Which instructions the processor has: on them depends which product is the fastest."""
+"""What the processor is and which instructions it has: on that depends what is the fastest."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ CPUINFO = Path("/proc/cpuinfo")
 @functools.cache
 def instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """Return Linux's names of the processor's instruction sets; none on another system."""
+    return frozenset(_field("flags", cpuinfo).split())
+
+
+@functools.cache
+def vendor(cpuinfo: Path = CPUINFO) -> str:
+    """Return Linux's name of the processor's maker, "GenuineIntel" say; "" on another system."""
+    return _field("vendor_id", cpuinfo)
+
+
+def _field(name: str, cpuinfo: Path) -> str:
     try:
         with cpuinfo.open(encoding="utf-8", errors="replace") as lines:
             # All cores have the same.
-            first = next((line for line in lines if line.startswith("flags")), "")
+            first = next((line for line in lines if line.startswith(name)), "")
     except OSError:
-        return frozenset()
-    return frozenset(first.partition(":")[2].split())
+        return ""
+    return first.partition(":")[2].strip()
 
 
 def has_matrix_unit() -> bool:

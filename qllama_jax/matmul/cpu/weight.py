@@ -33,7 +33,7 @@ class CPUWeight:
     The scales of c groups that the integer kernel sums (`groups_of_a_sum`) lie side by side, as
     they are read together: else a row of tiles for each is read at a time, in Q4_K 16 of them.
     1.1B in Q4_K_M decodes 1.09 times as fast so, in Q4_0 1.05 (jax 0.12, two cores of an EPYC
-    Genoa); dequantized tiles take up to 3 % longer. Without words c is 1.
+    Genoa). Without words c is 1.
     A scale of 6 or 4 bits takes a byte here, so a k-quant is larger than in the file: Q5_K by
     2.3 %, Q4_K 2.8, Q3_K 3.6, Q2_K 19 (with two scales a byte its sums take twice as long).
     """
