@@ -4,7 +4,8 @@ They nest in jit, vmap and scan. The parameters of sampling, the stop tokens and
 are traced, so changing them compiles nothing again.
 
 The token drawn for position p of a row uses the key fold_in(row_key, p) and nothing else, so a
-text comes out the same in one call, in many, resumed, alone or in a batch.
+text comes out the same in one call, in many, resumed, alone or in a batch: as far as logits do, to
+which float rounding adds its part, and more where activations are rounded (see `matmul`).
 """
 
 from __future__ import annotations

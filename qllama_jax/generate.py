@@ -85,7 +85,8 @@ def generate(
         prompt: a text, or token ids; a list of texts or of lists of ids is a batch.
         max_new_tokens: the most tokens to generate a row, at least 1.
         seed: of the draws; row b draws from `fold_in(key(seed), b)`. One seed a row: row b gets
-            what its prompt alone gets with that seed, from `fold_in(key(seed[b]), 0)`.
+            what its prompt alone gets with that seed, from `fold_in(key(seed[b]), 0)`, where
+            their logits are the same: `activations="float"`, and no two tokens as likely.
         stop: a text, or several, that end a row where they appear; None: none.
         ignore_eos: go on past end-of-generation tokens.
         top_logprobs: of how many of the likeliest tokens to give the log-probabilities, 0..1000

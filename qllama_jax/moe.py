@@ -77,7 +77,7 @@ def moe_swiglu(
         active: A, experts a token.
         activations: as in `matmul`.
         tile_size: tokens that an expert multiplies at a time; None: picked from the shapes. It
-            changes the result by float rounding at the most.
+            changes the result by float rounding at the most, if activations are not "auto".
         partitioning: how the block lies on a mesh, where each device computes what its own experts,
             or its own part of every expert, add to the output of its own rows.
     """

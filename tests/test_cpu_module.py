@@ -27,6 +27,12 @@ NUMBERS = [name for name in LAYOUTS if not LAYOUTS[name].words]
 INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
 
 
+@pytest.fixture(autouse=True)
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies bfloat16 in vectors, so that these tests are the same on all."""
+    monkeypatch.setattr(processor, "instructions", lambda: frozenset({"avx512f", "avx512_bf16"}))
+
+
 @functools.cache
 def module(name: str, rows: int) -> str:
     """The compiled product of `rows` rows of x and a weight."""

@@ -136,6 +136,19 @@ def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out:
         assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
 
 
+@each_in_words
+def test_a_row_in_four_streams_is_the_same_product(name: str, monkeypatch: pytest.MonkeyPatch):
+    w, _ = weight(name)
+    x = jnp.asarray(normal(1, IN))
+    found = []
+    for maker in ("GenuineIntel", "AuthenticAMD"):
+        monkeypatch.setattr(processor, "vendor", lambda maker=maker: maker)
+        # A function of its own: a trace of the same would keep the other's streams.
+        product = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8"))
+        found.append(np.asarray(product(x, w)))
+    np.testing.assert_allclose(*found, rtol=0, atol=2e-6 * np.abs(found[0]).max())
+
+
 @pytest.mark.parametrize(("rows", "maker"), [(1, ""), (1, "GenuineIntel"), (4, ""), (40, "")])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 8, 12, 18])
 def test_rows_meet_any_number_of_groups(

@@ -41,8 +41,9 @@ def _(w: CPUWeight, x: Float[Array, "*batch in"], activations: Activations) -> A
 
 
 def _is_faster_in_bfloat16(rows: int, w: CPUWeight) -> bool:
-    most = int8_kernel.most_rows(w, with_residual=False, beside_bfloat16=True)
-    return processor.multiplies_bfloat16() and rows > most
+    if not processor.multiplies_bfloat16():
+        return False
+    return rows > int8_kernel.most_rows(w, with_residual=False, beside_bfloat16=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -111,16 +111,19 @@ def _residual_steps(layout: Layout) -> int:
 def most_rows(w: CPUWeight, with_residual: bool, *, beside_bfloat16: bool) -> int:
     """Return up to how many rows of x this kernel is faster than a dequantized weight.
 
-    `beside_bfloat16`: than one in bfloat16 where a processor multiplies that, else in float32. The
-    rows at which two take as long, times [5632, 2048] and [2048, 5632] (jax 0.12, two cores of an
-    EPYC Genoa, and with `--xla_cpu_max_isa=AVX2` there):
+    `beside_bfloat16`: than one that is multiplied in bfloat16, by a processor that does that, else
+    in float32. The rows at which two take as long, times [5632, 2048] and [2048, 5632] (jax 0.12,
+    two cores of an EPYC Genoa; the last column with `--xla_cpu_max_isa=AVX2`, which limits what XLA
+    compiles and not its products):
 
         Q4_0, Q4_K         28 to 36 beside bfloat16, 48 to 100 beside float32, AVX2 100 to 512
         Q6_K, Q3_K, Q2_K   16 to 28                  24 to 40                  24 to 36
         Q5_0, Q5_K         16                        16                        16 to 20
 
-    On an EPYC Milan, whose vectors are of AVX2, float32 did not reach this kernel's speed at 512
-    rows of large weights. A residual doubles the work of this kernel and not that of float32's.
+    A residual doubles the work of this kernel and not that of float32's: in Q4_0 16 rows with one,
+    as many as 32 without, take 6.0 ms, and tiles 4.9. Not measured since tiles are wide: large
+    weights on an EPYC Milan, with AVX2, where this kernel was the faster at 512 rows too; and two
+    products of bfloat16 on AMX, which met it at 40 rows, at 32 in five bits.
     """
     layout = w.layout
     if with_residual:
@@ -255,7 +258,7 @@ def _streams(groups: int, rows: int) -> int:
     cache, stage one alone: 14.3 GB/s in one stream, 17.0, 19.8 and 19.4 in 2, 4 and 8; 1.1B in Q4_0
     decodes at 23.1 instead of 20.9 tokens a second. An EPYC Genoa reads one stream the fastest:
     18.0 GB/s of Q4_0, 20.0 of Q4_K and 22.5 of Q6_K, in four 16.9, 16.6 and 17.2; 1.1B decodes 1.25
-    (Q4_0) and 1.06 times as fast so (medians of 8 rounds by turns).
+    (Q4_0) and 1.06 times as fast so (medians of 8 rounds by turns). Others were not measured.
 
     So many that two cores have equal parts of each. More rows of x, a row and its residual too, are
     bound by arithmetic, and XLA would store their sums twice.

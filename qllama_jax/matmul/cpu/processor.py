@@ -36,7 +36,10 @@ def has_matrix_unit() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether products of bfloat16 take less time than of float32: at most half of it."""
+    """Return whether it has products of bfloat16: 1.7 to 2 times as fast as float32's, with AMX 5.
+
+    XLA's products are of what the processor has, whatever `--xla_cpu_max_isa` says.
+    """
     return has_matrix_unit() or "avx512_bf16" in instructions()
 
 

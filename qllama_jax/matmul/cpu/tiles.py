@@ -16,12 +16,14 @@ from qllama_jax.matmul import xla
 from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 
 # XLA multiplies by tiles of its own: with 192 or 384 rows of a weight at 0.75 to 0.95 of the speed
-# that it has with 256 or 512, and with 1,024, which leave the caches, at 0.9.
-TILE_ROWS = 512
-TILE_UNIT = 128
-TILE_VALUES = 2**21
-# Rows of a weight from which on tiles of whole units repeat few of them.
+# that it has with 256 or 512, and with 1,024, which leave the caches, at 0.9. So a tile is of whole
+# units, where a weight has so many rows that the last one repeats few of them.
+UNIT = 128
 MANY_ROWS = 1024
+MOST_ROWS = 512
+MOST_VALUES = 2**21  # of several units
+# A tile takes as long to begin and to end as so many of its rows.
+ROWS_OF_OVERHEAD = 32
 
 
 def by_tiles(
@@ -31,7 +33,7 @@ def by_tiles(
 ) -> Float32[Array, "B out"]:
     """Compute x @ w.dequantize().T; `product` multiplies x with a tile, float32 `[in, tile]`.
 
-    Without one in the dtype of x: of bfloat16, for which a weight is rounded too.
+    `xla.dot` does in the dtype of x: where that is bfloat16, it rounds the tile to it too.
     """
     size = tile_rows(w.padded, w.shape[-1])
     y = xla.by_tiles(x, w, jnp.int32(0), w.padded, size=size, product=product)
@@ -39,6 +41,9 @@ def by_tiles(
 
 
 def tile_rows(rows: int, width: int) -> int:
-    """Return how many of a weight's rows are dequantized at once."""
-    unit = TILE_UNIT if rows >= MANY_ROWS else LANES
-    return xla.tile_rows(rows, width, min(TILE_VALUES, TILE_ROWS * width), unit)
+    """Return how many of a weight's rows, a multiple of LANES, are dequantized at once."""
+    unit = UNIT if rows >= MANY_ROWS else LANES
+    # Two tiles at least, see `xla.tile_rows`.
+    most = min(MOST_ROWS, MOST_VALUES // width, -(-rows // 2) + unit - 1) // unit
+    sizes = [unit * n for n in range(max(1, most), 0, -1)]
+    return min(sizes, key=lambda size: -(-rows // size) * (size + ROWS_OF_OVERHEAD))

@@ -27,9 +27,10 @@ TAKES_BFLOAT16 = jax.__version_info__ >= (0, 11)
 class CPUWeight:
     """Weights `[out, in]` whose bits are those of the file, in another order.
 
-    A tile is LANES rows; the last one is filled up with zeros. G counts the groups of weights in a
-    row (see `Layout`), nb the super-blocks. The scales of sub-blocks are small integers, and half
-    floats of the super-block multiply them; formats without super-blocks have half floats alone.
+    A tile is LANES rows, or all that `slice_rows` cuts out; the last one is filled up with zeros. G
+    counts the groups of weights in a row (see `Layout`), nb the super-blocks. The scales of
+    sub-blocks are small integers, and half floats of the super-block multiply them; formats without
+    super-blocks have half floats alone.
     The scales of c groups that the integer kernel sums (`groups_of_a_sum`) lie side by side, as
     they are read together: else a row of tiles for each is read at a time, in Q4_K 16 of them.
     1.1B in Q4_K_M decodes 1.09 times as fast so, in Q4_0 1.05 (jax 0.12, two cores of an EPYC
@@ -117,7 +118,8 @@ class CPUWeight:
         """Return `dequantize()[rows]`; only those rows are read."""
 
         def row(index: Array) -> Array:
-            tile, lane = index // LANES, index % LANES
+            lanes = self.words.shape[-1]
+            tile, lane = index // lanes, index % lanes
 
             def cell(leaf: Array) -> Array:
                 column = lax.dynamic_slice_in_dim(leaf, tile, 1, axis=1)
@@ -132,9 +134,14 @@ class CPUWeight:
         """Return `count` rows from row `start`, both multiples of LANES, as one wide tile.
 
         So what is dequantized lies in memory as it does after it. Rows in many tiles XLA's code
-        gathers number by number: [5632, 2048] takes 6.5 ms in Q4_0 and 7.7 in Q4_K, as a wide tile
+        gathers number by number: [5632, 2048] takes 6.7 ms in Q4_0 and 7.7 in Q4_K, as a wide tile
         1.3 and 1.2, and 0.3 to make it one (jax 0.12, two cores of an EPYC Genoa).
+
+        Raises:
+            ValueError: this is such a wide tile, of which no rows can be cut.
         """
+        if self.words.shape[-1] != LANES:
+            raise ValueError(f"slice_rows: {self} is one tile already, which is cut no further")
         fence = fence_for(start)
         # Computed apart: fused into what follows, a slice makes it scalar.
         part = fence(self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES))
@@ -143,7 +150,7 @@ class CPUWeight:
     def slice_tiles(self, start: Int32[Array, ""], count: int) -> CPUWeight:
         """Return `count` tiles from tile `start`."""
         part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, count, 1), self)
-        return dataclasses.replace(part, out=count * LANES)
+        return dataclasses.replace(part, out=part.padded)
 
     def _integers(self) -> Array:
         layout = self.layout
