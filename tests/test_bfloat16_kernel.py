@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as QType
 
 import cpu_weights
 import qllama_jax as ql
-from blocks import blocks_like
-from cpu_weights import IN_WORDS, normal
+from cpu_weights import (
+    IN_WORDS,
+    NOT_FINITE,
+    check_a_scale_that_is_not_finite,
+    check_zeros_and_what_is_not_finite,
+    normal,
+)
 from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor
 from qllama_jax.matmul.cpu.processor import instructions, vendor
 from qllama_jax.matmul.cpu.weight import LANES
@@ -48,14 +52,11 @@ def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.nd
 
 
 def multiply(x: Any, w: CPUWeight, activations: str = "int8") -> np.ndarray:
-    # A function of its own each time: a trace of the same would keep its choice of a kernel.
-    return np.asarray(jax.jit(lambda x, w: ql.matmul(x, w, activations=activations))(x, w))  # pyright: ignore[reportArgumentType]
+    return cpu_weights.multiply(x, w, activations)
 
 
 def takes_bfloat16(name: str, rows: int, activations: str = "int8") -> bool:
-    w, _ = weight(name, 16)
-    jaxpr = jax.make_jaxpr(lambda x: ql.matmul(x, w, activations=activations))(normal(rows, IN))  # pyright: ignore[reportArgumentType]
-    return "bf16" in str(jaxpr)
+    return cpu_weights.takes_bfloat16(weight(name, 16)[0], rows, activations)
 
 
 @each_in_words
@@ -118,14 +119,7 @@ def test_a_processor_with_faster_tiles_leaves_the_integer_kernel_earlier(
 
 @each_in_words
 def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str):
-    w, _ = weight(name)
-    x = normal(300, IN)
-    x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
-    found = multiply(x, w)
-    assert not found[0].any()
-    assert not np.isfinite(found[1]).any()
-    assert not np.isfinite(found[2]).any()
-    assert np.isfinite(found[3:]).all()
+    check_zeros_and_what_is_not_finite(weight(name)[0], 300, multiply)
 
 
 @each_in_words
@@ -149,14 +143,9 @@ def test_many_rows_of_half_floats_are_few_rows(dtype: Any):
     assert np.sqrt((difference**2).mean()) <= 2e-4 * np.sqrt((alone.astype(np.float64) ** 2).mean())
 
 
-@pytest.mark.parametrize("bits", [0x7C00, 0x7C01, 0x7DFF, 0x7E00, 0x7FFF, 0xFC00, 0xFFFF], ids=hex)
+@pytest.mark.parametrize("bits", NOT_FINITE, ids=hex)
 def test_a_scale_that_is_not_finite_never_makes_a_number(bits: int):
-    """Of NaN all patterns: an integer that is rounded up may become that of a number."""
-    raw = np.array(blocks_like(normal(LANES, IN), QType.Q4_0, np.random.default_rng(0)))
-    raw[1, 18:20] = np.frombuffer(np.uint16(bits).tobytes(), np.uint8)
-    found = multiply(normal(300, IN), cpu_weights.on_device("Q4_0", raw))
-    assert not np.isfinite(found[:, 1]).any()
-    assert np.isfinite(np.delete(found, 1, axis=1)).all()
+    check_a_scale_that_is_not_finite(bits, 300, IN, "int8")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])

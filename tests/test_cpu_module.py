@@ -34,26 +34,30 @@ def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def module(name: str, rows: int) -> str:
-    """The compiled product of `rows` rows of x and a weight."""
+def module(name: str, rows: int, maker: str = "") -> str:
+    """The compiled product of `rows` rows of x and a weight, for a maker's processor."""
     w = pack(name, random_blocks(QType[name], (1024, 1024), np.random.default_rng(0)))
-    product = jax.jit(functools.partial(ql.matmul, activations="auto"))
-    text = product.lower(jnp.ones((rows, 1024)), jax.device_put(w)).compile().as_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "vendor", lambda: maker)
+        product = jax.jit(functools.partial(ql.matmul, activations="auto"))
+        text = product.lower(jnp.ones((rows, 1024)), jax.device_put(w)).compile().as_text()
     assert text is not None
     return text
 
 
-def kernels(name: str, rows: int) -> list[list[tuple[str, str, str]]]:
+def kernels(name: str, rows: int, maker: str = "") -> list[list[tuple[str, str, str]]]:
     """Its fused loops, each as its instructions."""
-    parts = module(name, rows).split("\n\n")
+    parts = module(name, rows, maker).split("\n\n")
     return [INSTRUCTION.findall(part) for part in parts if "%fused" in part[:10]]
 
 
-def with_products(name: str, rows: int, kind: str, count: int) -> list[tuple[str, str, str]]:
+def with_products(
+    name: str, rows: int, kind: str, count: int, maker: str = ""
+) -> list[tuple[str, str, str]]:
     """The one loop that multiplies so many vectors of lanes."""
     found = [
         kernel
-        for kernel in kernels(name, rows)
+        for kernel in kernels(name, rows, maker)
         if sum(
             (dtype, operation) == (kind, "multiply") and sizes.endswith(f",{LANES}")
             for dtype, sizes, operation in kernel
@@ -85,14 +89,11 @@ def test_integer_products_read_their_words_at_places_that_are_known(name: str, r
 @pytest.mark.parametrize(("maker", "streams"), [("GenuineIntel", 4), ("AuthenticAMD", 1), ("", 1)])
 @pytest.mark.parametrize("name", IN_WORDS)
 def test_a_single_row_meets_as_many_streams_of_words_as_a_processor_reads_best(
-    name: str, maker: str, streams: int, monkeypatch: pytest.MonkeyPatch
+    name: str, maker: str, streams: int
 ):
     # The other number takes up to 1.4 times as long for a weight that comes from memory.
-    monkeypatch.setattr(processor, "vendor", lambda: maker)
-    module.cache_clear()
     layout = LAYOUTS[name]
-    kernel = with_products(name, 1, "u16", len(layout.factors.bit))
-    module.cache_clear()
+    kernel = with_products(name, 1, "u16", len(layout.factors.bit), maker)
     found = {sizes for dtype, sizes, kind in kernel if (dtype, kind) == ("u16", "multiply")}
     # XLA leaves out what counts to one.
     sizes = [1024 // layout.group // streams, 1024 // LANES, streams, 1, LANES]

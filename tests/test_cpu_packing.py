@@ -14,7 +14,13 @@ from gguf import GGMLQuantizationType as QType
 import cpu_weights
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, blocks_like, dequantize, random_blocks
-from cpu_weights import IN_WORDS, normal, on_device
+from cpu_weights import (
+    IN_WORDS,
+    check_zeros_and_what_is_not_finite,
+    normal,
+    on_device,
+    relative_error,
+)
 from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, processor
 from qllama_jax.matmul.cpu.weight import LANES
 
@@ -35,11 +41,6 @@ def without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
     return cpu_weights.weight(name, out, width)
-
-
-def relative_error(found: Any, wanted: np.ndarray) -> float:
-    difference = np.asarray(found, np.float64) - wanted
-    return float(np.sqrt((difference**2).sum() / (wanted**2).sum()))
 
 
 # The same weight.
@@ -138,15 +139,13 @@ def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out:
 
 @each_in_words
 def test_a_row_in_four_streams_is_the_same_product(name: str, monkeypatch: pytest.MonkeyPatch):
-    w, _ = weight(name)
-    x = jnp.asarray(normal(1, IN))
-    found = []
-    for maker in ("GenuineIntel", "AuthenticAMD"):
-        monkeypatch.setattr(processor, "vendor", lambda maker=maker: maker)
-        # A function of its own: a trace of the same would keep the other's streams.
-        product = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8"))
-        found.append(np.asarray(product(x, w)))
-    np.testing.assert_allclose(*found, rtol=0, atol=2e-6 * np.abs(found[0]).max())
+    monkeypatch.setattr(processor, "vendor", lambda: "GenuineIntel")
+    w, dense = weight(name)
+    x = normal(1, IN)
+    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
+    wanted = np.asarray(rounded, np.float64) @ dense.T
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+    assert (np.abs(cpu_weights.multiply(x, w, "int8") - wanted) <= 2.0**-21 * scale).all()
 
 
 @pytest.mark.parametrize(("rows", "maker"), [(1, ""), (1, "GenuineIntel"), (4, ""), (40, "")])
@@ -162,10 +161,7 @@ def test_rows_meet_any_number_of_groups(
     rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
     scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
-    # A function of its own: a trace of the same would keep another maker's streams.
-    product = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8"))
-    found = np.asarray(product(jnp.asarray(x), w), np.float64)
-    assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
+    assert (np.abs(cpu_weights.multiply(x, w, "int8") - wanted) <= 2.0**-21 * scale).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
@@ -305,14 +301,8 @@ def test_no_sum_overflows_where_all_weights_and_activations_are_extreme(
 @each_in_words
 @pytest.mark.parametrize("activations", ["int8", "int8x2"])
 def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str, activations: str):
-    w, _ = weight(name)
-    x = normal(4, IN)
-    x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
-    found = np.asarray(multiply(jnp.asarray(x), w, activations=activations))
-    assert not found[0].any()
-    assert not np.isfinite(found[1]).any()
-    assert not np.isfinite(found[2]).any()
-    assert np.isfinite(found[3]).all()
+    product = functools.partial(multiply, activations=activations)
+    check_zeros_and_what_is_not_finite(weight(name)[0], 4, product)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

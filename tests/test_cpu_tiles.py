@@ -8,12 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as QType
 
 import cpu_weights
 import qllama_jax as ql
-from blocks import blocks_like
-from cpu_weights import IN_WORDS, normal, weight
+from cpu_weights import (
+    IN_WORDS,
+    NOT_FINITE,
+    check_a_scale_that_is_not_finite,
+    check_zeros_and_what_is_not_finite,
+    normal,
+    relative_error,
+    takes_bfloat16,
+    weight,
+)
 from qllama_jax.matmul.cpu import processor, tiles
 from qllama_jax.matmul.cpu.weight import LANES
 
@@ -29,16 +36,11 @@ def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def multiply(x: Any, w: Any, activations: str = "auto") -> np.ndarray:
-    # A function of its own each time: a trace of the same would keep its choice of a kernel.
-    return np.asarray(jax.jit(lambda x, w: ql.matmul(x, w, activations=activations))(x, w))  # pyright: ignore[reportArgumentType]
+    return cpu_weights.multiply(x, w, activations)
 
 
 def rounded(a: np.ndarray) -> np.ndarray:
     return a.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
-
-
-def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.sqrt(((found - wanted) ** 2).sum() / (wanted**2).sum()))
 
 
 @each_in_words
@@ -61,22 +63,17 @@ def test_less_is_lost_than_by_activations_of_eight_bits(name: str):
     assert relative_error(multiply(x, w, "int8"), wanted) >= 0.003
 
 
-def in_bfloat16(name: str, rows: int, activations: str) -> bool:
-    w, _ = weight(name, 100, IN)
-    jaxpr = jax.make_jaxpr(lambda x: ql.matmul(x, w, activations=activations))(normal(rows, IN))  # pyright: ignore[reportArgumentType]
-    return "bf16" in str(jaxpr)
-
-
 @pytest.mark.parametrize(("name", "most"), [("Q4_0", 24), ("Q4_K", 24), ("Q6_K", 24), ("Q5_0", 16)])
 def test_only_many_rows_of_auto_and_a_processor_that_multiplies_it_take_bfloat16(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ):
-    assert in_bfloat16(name, most + 1, "auto")
-    assert not in_bfloat16(name, most, "auto")
+    w, _ = weight(name, 100, IN)
+    assert takes_bfloat16(w, most + 1, "auto")
+    assert not takes_bfloat16(w, most, "auto")
     for activations in ("float", "int8", "int8x2"):
-        assert not in_bfloat16(name, 300, activations)
+        assert not takes_bfloat16(w, 300, activations)
     monkeypatch.setattr(processor, "instructions", lambda: frozenset({"avx2", "avx512f"}))
-    assert not in_bfloat16(name, 300, "auto")
+    assert not takes_bfloat16(w, 300, "auto")
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "F16", "BF16"])
@@ -99,23 +96,12 @@ def test_half_floats_come_back_as_they_were(dtype: Any):
 
 @each_in_words
 def test_zeros_give_zeros_and_what_is_not_finite_never_looks_finite(name: str):
-    w, _ = weight(name, 100, IN)
-    x = normal(100, IN)
-    x[0], x[1, 5], x[2, 70] = 0, np.nan, np.inf
-    found = multiply(x, w)
-    assert not found[0].any()
-    assert not np.isfinite(found[1]).any()
-    assert not np.isfinite(found[2]).any()
-    assert np.isfinite(found[3:]).all()
+    check_zeros_and_what_is_not_finite(weight(name, 100, IN)[0], 100, multiply)
 
 
-@pytest.mark.parametrize("bits", [0x7C00, 0x7C01, 0x7DFF, 0x7E00, 0x7FFF, 0xFC00, 0xFFFF], ids=hex)
+@pytest.mark.parametrize("bits", NOT_FINITE, ids=hex)
 def test_a_scale_that_is_not_finite_never_makes_a_number(bits: int):
-    raw = np.array(blocks_like(normal(LANES, IN), QType.Q4_0, np.random.default_rng(0)))
-    raw[1, 18:20] = np.frombuffer(np.uint16(bits).tobytes(), np.uint8)
-    found = multiply(normal(100, IN), cpu_weights.on_device("Q4_0", raw))
-    assert not np.isfinite(found[:, 1]).any()
-    assert np.isfinite(np.delete(found, 1, axis=1)).all()
+    check_a_scale_that_is_not_finite(bits, 100, IN, "auto")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

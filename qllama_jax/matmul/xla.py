@@ -7,7 +7,7 @@ lives at any moment is one tile, whatever the size of the weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +25,6 @@ GROUP = 32
 @runtime_checkable
 class Rows(Protocol):
     """A packed weight `[out, in]` of which a tile of rows can be taken and dequantized."""
-
-    row_unit: ClassVar[int]  # tiles begin and end at multiples of so many rows
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,9 +89,8 @@ def by_tiles(
 ) -> Float32[Array, "n out"]:
     """Compute x @ w.dequantize()[first : first + count].T in a rolled loop; no gradient.
 
-    A tile is of `size` rows, a multiple of `row_unit`; None: of as many as TILE_VALUES are, or of
-    `row_unit`. `dequantize` returns them `[in, tile]`, in the order in which x has them, and
-    `product` multiplies x with them.
+    A tile is of `size` rows; None: of as many as TILE_VALUES are. `dequantize` returns them
+    `[in, tile]`, in the order in which x has them, and `product` multiplies x with them.
     """
 
     def write_tile(tile: Tile, y: Array) -> Array:
@@ -130,15 +127,14 @@ def pull_back(
     return dx.reshape(*batch, width).astype(dy.dtype)
 
 
-def tile_rows(count: int, width: int, tile_values: int, unit: int = 1) -> int:
+def tile_rows(count: int, width: int, tile_values: int) -> int:
     """Return how many of `count` rows of `width` values are dequantized at once."""
-    units = -(-count // unit)
     # Two tiles at least: a loop of one trip is inlined, and a dequantization without an input to
     # wait for is live in many layers at once. SmolLM2's generation: 10 MB of temporaries, not 35.
-    most = max(1, min(-(-units // 2), tile_values // (unit * width)))
-    # Of one size, as far as units allow, so that the last tile repeats few rows.
-    tiles = -(-units // most)
-    return unit * -(-units // tiles)
+    most = max(1, min(-(-count // 2), tile_values // width))
+    # Of one size, as far as possible, so that the last tile repeats few rows.
+    tiles = -(-count // most)
+    return -(-count // tiles)
 
 
 class Tile(NamedTuple):
@@ -160,7 +156,7 @@ def _over_tiles(
 ) -> Array:
     """Fold `visit(tile, carry)` over all tiles of the rows first .. first + count - 1 of w."""
     _, width = w.shape
-    size = tile_rows(count, width, TILE_VALUES, w.row_unit) if size is None else size
+    size = tile_rows(count, width, TILE_VALUES) if size is None else size
 
     def body(i: Array, carry: Array) -> Array:
         i = i.astype(jnp.int32)  # int64 where jax_enable_x64 is set

@@ -34,7 +34,6 @@ class Block:
     qtype: ClassVar[TensorType]
     block_size: ClassVar[int]  # values a block
     layout: ClassVar[np.dtype]  # the block struct, byte for byte
-    row_unit: ClassVar[int] = 1
 
     @classmethod
     def view(cls, raw: UInt8[np.ndarray, "*out bytes"]) -> Block:

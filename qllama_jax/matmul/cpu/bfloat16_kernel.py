@@ -6,8 +6,8 @@ has that as BF16_BF16_F32_X3, which on a CPU it computes in float32). A residual
 
 512 rows times Q4_0 [4096, 2048]: 16.6 ms so, 37 by tiles in float32, 51 by the integer kernel; 128
 rows: 6.9, 15.3 and 13.6 ms (jax 0.12, two cores of an Intel Xeon with AMX; before dequantized tiles
-were wide ones, see `CPUWeight.slice_rows`). The error is 5e-6 of
-the result, 9e-6 with a residual, where the rounding of x makes a thousand times that.
+were wide ones, see `CPUWeight.slice_rows`). The error is 5e-6 of the result, 9e-6 with a residual,
+where the rounding of x makes a thousand times that.
 """
 
 from __future__ import annotations

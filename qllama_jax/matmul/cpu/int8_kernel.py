@@ -29,7 +29,8 @@ WHOLE_ROWS = 8
 # 9 ms there, and 28 with 2**22 sums; from 0.11 on 10.3 and 9.5.
 ACCUMULATORS = 2**22 if BARRIER_HOLDS else 2**20
 # More rows of x go through the weight in parts: of 512 rows 128 at a time are the fastest, with
-# 158 to 175 billion operations a second in Q4_0 and Q4_K, dequantized tiles 148 to 162.
+# 158 to 175 billion operations a second in Q4_0 and Q4_K, dequantized tiles 148 to 162 before they
+# were wide (two cores of an EPYC Milan).
 PART_ROWS = 128
 # Parts that meet a slab of the weight one after the other, while it lies in the caches: 512 rows
 # take 5 % less time than with a copy of each slab for each part.

@@ -22,7 +22,8 @@ UNIT = 128
 MANY_ROWS = 1024
 MOST_ROWS = 512
 MOST_VALUES = 2**21  # of several units
-# A tile takes as long to begin and to end as so many of its rows.
+# A tile takes as long to begin and to end as about so many of its rows: 128 rows times Q4_0
+# [5632, 2048] take 12.6 ms in tiles of 128 and 10.8 of 256, 80 us for each that is more.
 ROWS_OF_OVERHEAD = 32
 
 

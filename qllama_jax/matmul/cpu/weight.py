@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +45,6 @@ class CPUWeight:
     super_minimum: Leaf  # the same, or None
     format: str = struct.field(pytree_node=False)
     out: int = struct.field(pytree_node=False)
-
-    row_unit: ClassVar[int] = LANES
 
     @property
     def layout(self) -> Layout:
