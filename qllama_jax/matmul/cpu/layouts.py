@@ -82,19 +82,23 @@ class Layout:
     @cached_property
     def factors(self) -> Factors:
         """What each field's word is multiplied by."""
-        word, bit, columns = [], [], []
+        columns: dict[tuple[int, int], np.ndarray] = {}
+        words_at: dict[int, list[int]] = {}
         for index, fields in enumerate(self.words):
             before = Field(0, 0, 0)
             for field in fields:
-                column = np.zeros(self.group, np.float32)
+                column = columns[index, field.bit] = np.zeros(self.group, np.float32)
                 column[field.weight] += field.unit
                 column[before.weight] -= before.unit << (field.bit - before.bit)
-                word.append(index)
-                bit.append(field.bit)
-                columns.append(column)
+                words_at.setdefault(field.bit, []).append(index)
                 before = field
-        columns.append(np.ones(self.group, np.float32))
-        return Factors(np.array(word), np.array(bit), np.stack(columns, axis=1))
+        bits_of: dict[tuple[int, ...], list[int]] = {}
+        for bit, words in sorted(words_at.items()):
+            bits_of.setdefault(tuple(words), []).append(bit)
+        alike = tuple(Alike(words, tuple(bits)) for words, bits in bits_of.items())
+        ordered = [columns[word, bit] for like in alike for bit in like.bits for word in like.words]
+        total = np.ones(self.group, np.float32)
+        return Factors(alike, np.stack([*ordered, total], axis=1))
 
 
 def groups_of_a_sum(groups: int, *, even: bool) -> int:
@@ -118,12 +122,26 @@ class Terms(NamedTuple):
     unit: np.ndarray
 
 
-class Factors(NamedTuple):
-    """words[word] >> bit is multiplied by x @ mix, the last column of which sums x."""
+class Alike(NamedTuple):
+    """Words of a group that have fields at the same bits; the words are evenly spaced."""
 
-    word: np.ndarray  # int[fields]
-    bit: np.ndarray  # int[fields]
+    words: tuple[int, ...]
+    bits: tuple[int, ...]
+
+
+class Factors(NamedTuple):
+    """words[word] >> bit is multiplied by a column of x @ mix, the last column of which sums x.
+
+    The columns follow `alike`, for each of its bits word by word.
+    """
+
+    alike: tuple[Alike, ...]
     mix: np.ndarray  # float32[group, fields + 1]: integers
+
+    @property
+    def fields(self) -> int:
+        """How many fields a group's words have."""
+        return self.mix.shape[1] - 1
 
 
 # Two bytes of nibbles as they lie in the file: low nibbles are the block's first half.
