@@ -196,23 +196,16 @@ def _scale(
         # Rounding adds up to a half for each weight.
         room = np.float32(1 / (bound - layout.group // 2))
         least = jnp.maximum(least, magnitudes.sum(-1) * room)
-    step, inverse = _next_power_of_two(least)
-    return step, groups * inverse[..., None]
+    # Stored: XLA would compute it again for every number, and compile that.
+    step = lax.optimization_barrier(_next_power_of_two(least))
+    return step, groups / step[..., None]
 
 
-def _next_power_of_two(least: Float32[Array, "B G"]) -> tuple[Array, Array]:
-    """Return the first power of two above `least`, 2^-126 at least, and 1 / it.
-
-    Of infinity, infinity and 0: what is made of these is NaN.
-    """
+def _next_power_of_two(least: Float32[Array, "B G"]) -> Float32[Array, "B G"]:
+    """Return the first power of two above `least`, 2^-126 at least; of infinity, infinity."""
     exponent = lax.bitcast_convert_type(least, jnp.uint32) >> np.uint32(23)  # biased by 127
-
-    def power(exponent: Array) -> Array:
-        return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)
-
-    step = jnp.minimum(exponent, np.uint32(254)) + np.uint32(1)
-    inverse = np.uint32(253) - jnp.minimum(exponent, np.uint32(253))
-    return power(step), power(inverse)
+    exponent = jnp.minimum(exponent, np.uint32(254)) + np.uint32(1)
+    return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)
 
 
 def _product(
@@ -295,8 +288,7 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
         # Words that are alike are one operand, and XLA unrolls the sum over them: the same code as
         # of an operation a field, out of 51 operations instead of 215 (Q4_0). XLA's passes over a
         # module of many layers take most of the time that it needs to compile.
-        spacing = words[1] - words[0] if len(words) > 1 else 1
-        some = lax.slice_in_dim(all_words, words[0], words[-1] + 1, spacing, axis=-2)
+        some = lax.slice_in_dim(all_words, words.start, words.stop, words.step, axis=-2)
         wide = (*shape[:-1], len(words), lanes)
         some = lax.broadcast_in_dim(some, wide, of_words)
         products = []

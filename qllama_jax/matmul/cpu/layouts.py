@@ -92,9 +92,12 @@ class Layout:
                 column[before.weight] -= before.unit << (field.bit - before.bit)
                 words_at.setdefault(field.bit, []).append(index)
                 before = field
-        bits_of: dict[tuple[int, ...], list[int]] = {}
+        bits_of: dict[range, list[int]] = {}
         for bit, words in sorted(words_at.items()):
-            bits_of.setdefault(tuple(words), []).append(bit)
+            first, *more = words
+            evenly = range(first, words[-1] + 1, more[0] - first if more else 1)
+            assert list(evenly) == words
+            bits_of.setdefault(evenly, []).append(bit)
         alike = tuple(Alike(words, tuple(bits)) for words, bits in bits_of.items())
         ordered = [columns[word, bit] for like in alike for bit in like.bits for word in like.words]
         total = np.ones(self.group, np.float32)
@@ -123,9 +126,9 @@ class Terms(NamedTuple):
 
 
 class Alike(NamedTuple):
-    """Words of a group that have fields at the same bits; the words are evenly spaced."""
+    """Words of a group that have fields at the same bits."""
 
-    words: tuple[int, ...]
+    words: range
     bits: tuple[int, ...]
 
 
