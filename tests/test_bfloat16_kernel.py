@@ -24,7 +24,7 @@ from cpu_weights import (
     check_zeros_and_what_is_not_finite,
     normal,
 )
-from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor
+from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor, rounding
 from qllama_jax.matmul.cpu.processor import instructions, vendor
 from qllama_jax.matmul.cpu.weight import LANES
 
@@ -65,7 +65,7 @@ def takes_bfloat16(name: str, rows: int, activations: str = "int8") -> bool:
 def test_the_product_is_that_with_rounded_activations(name: str, activations: str, out: int):
     w, dense = weight(name, out)
     x = normal(300, IN)
-    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, activations == "int8x2")
+    rounded = rounding.round_activations(jnp.asarray(x), w.layout, activations == "int8x2")
     wanted = np.asarray(rounded, np.float64) @ dense.T
     found = multiply(x, w, activations)
     assert found.dtype == np.float32
@@ -83,7 +83,7 @@ def test_a_single_term_is_within_its_bound(name: str):
     w, dense = weight(name)
     x = np.zeros((IN, IN), np.float32)
     np.fill_diagonal(x, np.linspace(1, 2, IN))
-    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
+    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
     assert (np.abs(multiply(x, w) - wanted) <= 2.0**-16 * np.abs(wanted)).all()
 

@@ -21,7 +21,7 @@ from cpu_weights import (
     on_device,
     relative_error,
 )
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, processor
+from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, processor, rounding
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -130,7 +130,7 @@ def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out:
     x = normal(rows, IN)
     for activations in ("int8", "int8x2"):
         with_residual = activations == "int8x2"
-        rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual)
+        rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual)
         wanted = np.asarray(rounded, np.float64) @ dense.T
         scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
         found = np.asarray(multiply(jnp.asarray(x), w, activations=activations), np.float64)
@@ -142,7 +142,7 @@ def test_a_row_in_four_streams_is_the_same_product(name: str, monkeypatch: pytes
     monkeypatch.setattr(processor, "vendor", lambda: "GenuineIntel")
     w, dense = weight(name)
     x = normal(1, IN)
-    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
+    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
     scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
     assert (np.abs(cpu_weights.multiply(x, w, "int8") - wanted) <= 2.0**-21 * scale).all()
@@ -158,7 +158,7 @@ def test_rows_meet_any_number_of_groups(
     w, dense = weight("Q4_1", 100, 32 * groups)
     np.testing.assert_array_equal(w.dequantize(), dense)
     x = normal(rows, 32 * groups)
-    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
+    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
     scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
     assert (np.abs(cpu_weights.multiply(x, w, "int8") - wanted) <= 2.0**-21 * scale).all()
@@ -171,7 +171,7 @@ def test_rows_go_through_a_large_weight_in_parts(name: str, rows: int):
     w, dense = weight(name, 2048, 2048)
     assert int8_kernel.most_rows(w, with_residual=False, beside_bfloat16=False) >= rows
     x = normal(rows, 2048)
-    rounded = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
+    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
     wanted = np.asarray(rounded, np.float64) @ dense.T
     scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
     found = np.asarray(multiply(jnp.asarray(x), w, activations="int8"), np.float64)
@@ -212,7 +212,7 @@ def test_activations_are_rounded_to_steps_that_are_powers_of_two(name: str):
         largest = np.maximum(largest, magnitudes.sum(-1) * 256 / (room - size // 2))
     step = 2.0 ** (np.floor(np.log2(largest))[..., None] - 7)
     wanted = step * np.rint(x.astype(np.float64).reshape(64, -1, size) / step)
-    found = np.asarray(int8_kernel.round_activations(jnp.asarray(x), layout, with_residual=False))
+    found = np.asarray(rounding.round_activations(jnp.asarray(x), layout, with_residual=False))
     np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
     np.testing.assert_array_equal(found.astype(jnp.bfloat16).astype(np.float32), found)
     if limited:
@@ -226,7 +226,7 @@ def test_activations_of_any_size_are_rounded_or_nan(name: str):
     x = 2.0 ** np.r_[-149:-100, 100:128][:, None] * np.sign(normal(IN))
     x = x.astype(np.float32)
     for with_residual in (False, True):
-        found = int8_kernel.round_activations(jnp.asarray(x), LAYOUTS[name], with_residual)
+        found = rounding.round_activations(jnp.asarray(x), LAYOUTS[name], with_residual)
         found = np.asarray(found, np.float64)
         error = np.abs(found - x)
         assert (np.isnan(found) | (error <= np.maximum(2.0**-126, np.abs(x) / 60))).all()

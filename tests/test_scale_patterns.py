@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as QType
 
 import qllama_jax as ql
 from blocks import dequantize, random_blocks
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, int8_kernel, pack
+from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, pack, rounding
 from qllama_jax.quants import FORMATS
 
 PATTERNS = 2**16
@@ -80,7 +80,7 @@ def test_its_product_is_exact_or_not_finite(name: str, field: str, activations: 
         x = np.random.default_rng(0).standard_normal((2, dense.shape[1]), np.float32)
         found = np.asarray(multiply(jnp.asarray(x), w, activations=activations), np.float64)
         if activations == "int8":
-            x = int8_kernel.round_activations(jnp.asarray(x), w.layout, with_residual=False)
+            x = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
         finite = np.isfinite(dense).all(axis=1)
         assert not np.isfinite(found[:, ~finite]).any()
         exact, dense = np.asarray(x, np.float64), dense[finite].astype(np.float64)

@@ -36,7 +36,7 @@ def matmul(
             packed for a CPU "int8", or, for more than 24 rows (16 in five bits) on a CPU that
             multiplies bfloat16, x and w rounded to that. So packed, the steps of "int8" are powers
             of two, up to 256 to the largest magnitude of each 32 or 16 values, and those of the
-            second int8 of five and six bits 1/126 of them (see `matmul.cpu.int8_kernel`). Of a
+            second int8 of five and six bits 1/126 of them (see `matmul.cpu.rounding`). Of a
             product with normal activations "int8" loses 0.36 to 0.52 %, bfloat16 0.24.
 
     Returns:

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qllama_jax.matmul import Activations, register, xla
-from qllama_jax.matmul.cpu import bfloat16_kernel, float_kernel, int8_kernel, processor, tiles
+from qllama_jax.matmul.cpu import (
+    bfloat16_kernel,
+    float_kernel,
+    int8_kernel,
+    processor,
+    rounding,
+    tiles,
+)
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
 from qllama_jax.matmul.cpu.pack import can_pack, pack
 from qllama_jax.matmul.cpu.weight import CPUWeight
@@ -68,7 +75,7 @@ def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
     else:
         # In float32: a product with half floats would round the weights.
         x32 = x.astype(jnp.float32)
-        y = tiles.by_tiles(int8_kernel.round_activations(x32, w.layout, with_residual), w)
+        y = tiles.by_tiles(rounding.round_activations(x32, w.layout, with_residual), w)
     return y.astype(x.dtype)
 
 

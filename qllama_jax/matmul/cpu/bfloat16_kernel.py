@@ -18,18 +18,18 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float32, UInt32
 
 from qllama_jax.matmul import xla
-from qllama_jax.matmul.cpu import int8_kernel, tiles
+from qllama_jax.matmul.cpu import rounding, tiles
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
-    """Compute x' @ w.dequantize().T, x' = x as `int8_kernel.multiply` rounds it.
+    """Compute x' @ w.dequantize().T, x' = x as `rounding.round_activations` rounds it.
 
     To 2^-16 of sum |x'| |w| at the worst, but for float32's sums. A residual is rounded once more,
     to bfloat16: by up to 2^-10 of a step.
     """
     B, _ = x.shape
-    parts = int8_kernel.rounded_parts(x, w.layout, with_residual)
+    parts = rounding.rounded_parts(x, w.layout, with_residual)
     rows = jnp.concatenate(parts).astype(jnp.bfloat16)
 
     def product(_: Array, dense: Float32[Array, "in tile"]) -> Float32[Array, "B tile"]:

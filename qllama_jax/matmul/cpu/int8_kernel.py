@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int16
 
-from qllama_jax.matmul.cpu import processor
+from qllama_jax.matmul.cpu import processor, rounding
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
-from qllama_jax.matmul.cpu.layouts import GROUP, MOST_GROUPS, MOST_STEPS, Layout
+from qllama_jax.matmul.cpu.layouts import GROUP, MOST_GROUPS
+from qllama_jax.matmul.cpu.rounding import Rounded
 from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
 
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece. More
@@ -35,27 +35,15 @@ PART_ROWS = 128
 # Parts that meet a slab of the weight one after the other, while it lies in the caches: 512 rows
 # take 5 % less time than with a copy of each slab for each part.
 SLAB_PARTS = 4
-LARGE = 2048  # rows and columns of a weight for which that holds
+# Rows and columns of a weight from which on, with AVX2, this kernel is the fastest for any rows.
+LARGE = 2048
 # Sums of a single row that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise.
 # For 128 rows it would be slower by a half.
 MOST_PARTS = 8
-# Those for which sums of 4-bit weights have room.
-MOST_RESIDUAL_STEPS = 127
-
-
-class Rounded(NamedTuple):
-    """Activations as the kernel wants them; P is 2 B with a residual, else B."""
-
-    factors: Array  # uint16[G, P, fields]: what each field's word is multiplied by
-    total: Array  # float32[G, P]: the sum of a group's integers
-    step: Array  # float32[G, B]
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
-    """Compute x' @ w.dequantize().T, x' = x rounded in steps of each group (`_scale`).
-
-    With a residual, what was rounded away is added in steps 2 `_residual_steps` times as fine.
-    """
+    """Compute x' @ w.dequantize().T, x' = x as `rounding.round_activations` rounds it."""
     B, width = x.shape
     chunks = -(-B // (PART_ROWS * SLAB_PARTS))
     parts = -(-B // (PART_ROWS * chunks))
@@ -66,7 +54,10 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
         y = lax.map(lambda chunk: multiply(chunk, w, with_residual), x)
         return y.reshape(-1, w.out)[:B]
     fence = fence_for(x)
-    rounded = [fence(_round(part, w.layout, with_residual, fence)) for part in jnp.split(x, parts)]
+    rounded = [
+        fence(rounding.to_integers(part, w.layout, with_residual, fence))
+        for part in jnp.split(x, parts)
+    ]
     if rounded[0].factors.shape[1] <= WHOLE_ROWS:
         return _product(w, rounded[0], fence, with_offsets=True)[:, : w.out]
     return _in_slabs(w, rounded, fence)[:B, : w.out]
@@ -97,16 +88,10 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
     if w.minimum is not None or w.layout.excess:
         # Of many rows the offsets' part is faster as a product of its own: 128 rows times Q4_K
         # [4096, 2048] take 14.4 ms so, 16.2 ms with it in stage two.
-        total = jnp.concatenate([_steps(part, w.layout)[1] for part in x], axis=1)
+        total = jnp.concatenate([rounding.steps(part, w.layout)[1] for part in x], axis=1)
         offsets = w.offsets().reshape(G, w.padded)
         y = y + jnp.dot(total.T, offsets, precision=lax.Precision.HIGHEST)
     return y
-
-
-def _residual_steps(layout: Layout) -> int:
-    """Steps of a residual up to half a step of x: as many as its sum over a group has room for."""
-    bound = layout.largest_sum
-    return MOST_RESIDUAL_STEPS if bound is None else min(MOST_RESIDUAL_STEPS, bound // layout.group)
 
 
 def most_rows(w: CPUWeight, with_residual: bool, *, beside_bfloat16: bool) -> int:
@@ -138,76 +123,6 @@ def most_rows(w: CPUWeight, with_residual: bool, *, beside_bfloat16: bool) -> in
     return sys.maxsize if min(w.shape[-2:]) >= LARGE else PART_ROWS
 
 
-def round_activations(
-    x: Float[Array, "B in"], layout: Layout, with_residual: bool
-) -> Float[Array, "B in"]:
-    """Return x as `multiply` rounds it."""
-    return functools.reduce(lax.add, rounded_parts(x, layout, with_residual)).astype(x.dtype)
-
-
-def rounded_parts(
-    x: Float[Array, "B in"], layout: Layout, with_residual: bool
-) -> list[Float32[Array, "B in"]]:
-    """Return what `round_activations` is the sum of: x in whole steps, and perhaps the residual."""
-    step, scaled = _scale(x.astype(jnp.float32), layout)
-    whole, *residual = _integers(scaled, layout, with_residual)
-    parts = [whole, *(part * np.float32(0.5 / _residual_steps(layout)) for part in residual)]
-    return [(step[..., None] * part).reshape(x.shape) for part in parts]
-
-
-def _integers(
-    scaled: Float32[Array, "B G group"], layout: Layout, with_residual: bool
-) -> list[Array]:
-    q = jnp.round(scaled)
-    return [q, jnp.round((scaled - q) * (2 * _residual_steps(layout)))] if with_residual else [q]
-
-
-def _round(x: Float[Array, "B in"], layout: Layout, with_residual: bool, fence: Fence) -> Rounded:
-    step, scaled = _scale(x.astype(jnp.float32), layout)
-    parts = fence(jnp.concatenate(_integers(scaled, layout, with_residual)))
-    # Sums and differences of integers below 2^24 are exact in float32. The product takes the place
-    # of a gather, which XLA computes a number at a time, and of a sum.
-    mixed = lax.dot_general(
-        parts.reshape(-1, layout.group),
-        layout.factors.mix,
-        (((1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-    ).reshape(*parts.shape[:2], -1)
-    mixed = mixed.swapaxes(0, 1)
-    factors = mixed[..., :-1].astype(jnp.int32).astype(jnp.uint16)
-    return Rounded(factors, mixed[..., -1], step.T)
-
-
-def _scale(
-    x: Float32[Array, "B in"], layout: Layout
-) -> tuple[Float32[Array, "B G"], Float32[Array, "B G group"]]:
-    """Return the step of each group and x in steps.
-
-    A step is a power of two, and the largest magnitude of a group 128 to 256 of them; steps are
-    larger where a sum of int16 might overflow otherwise (`Layout.largest_sum`). So what x is
-    rounded to is a number of bfloat16 too, which `bfloat16_kernel` multiplies. Such blocks with an
-    exponent each are MXINT8 of OCP's Microscaling Formats (1.0, 2023), of one bit more.
-    """
-    B, width = x.shape
-    groups = x.reshape(B, width // layout.group, layout.group)
-    magnitudes = jnp.abs(groups)
-    least = magnitudes.max(-1) * np.float32(1 / MOST_STEPS)
-    if (bound := layout.largest_sum) is not None:
-        # Rounding adds up to a half for each weight.
-        room = np.float32(1 / (bound - layout.group // 2))
-        least = jnp.maximum(least, magnitudes.sum(-1) * room)
-    # Stored: XLA would compute it again for every number, and compile that.
-    step = lax.optimization_barrier(_next_power_of_two(least))
-    return step, groups / step[..., None]
-
-
-def _next_power_of_two(least: Float32[Array, "B G"]) -> Float32[Array, "B G"]:
-    """Return the first power of two above `least`, 2^-126 at least; of infinity, infinity."""
-    exponent = lax.bitcast_convert_type(least, jnp.uint32) >> np.uint32(23)  # biased by 127
-    exponent = jnp.minimum(exponent, np.uint32(254)) + np.uint32(1)
-    return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)
-
-
 def _product(
     w: CPUWeight, x: Rounded, fence: Fence, *, with_offsets: bool
 ) -> Float32[Array, "B padded"]:
@@ -231,17 +146,6 @@ def _rows_axis(x: Rounded) -> int:
     """
     _, rows, _ = x.factors.shape
     return 1 if rows >= WHOLE_ROWS else 2
-
-
-def _steps(x: Rounded, layout: Layout) -> tuple[Float32[Array, "G B"], Float32[Array, "G B"]]:
-    """Return the step of each group and the sum of its rounded x."""
-    B = x.step.shape[1]
-    total = x.total[:, :B]
-    # Integers know no NaN, and neither does XLA's maximum on a CPU (0.10 and 0.12), but sums do.
-    step = x.step + 0 * total
-    if x.total.shape[1] > B:
-        total = total + x.total[:, B:] * np.float32(0.5 / _residual_steps(layout))
-    return step, step * total
 
 
 def _streams(groups: int, rows: int) -> int:
@@ -330,13 +234,13 @@ def _scaled_sums(
         leaf = jnp.repeat(leaf, G // count // len(leaf), axis=0)
         return jnp.expand_dims(leaf, axis).astype(jnp.float32)
 
-    step, total = _steps(x, layout)
+    step, total = rounding.steps(x, layout)
     # Cut before it is converted: what is converted first XLA stores, and this stage takes eight
     # times as long for four rows with a residual.
     exact = lax.slice_in_dim(sums, 0, B, axis=axis).astype(jnp.float32)
     if rows > B:
         finer = lax.slice_in_dim(sums, B, rows, axis=axis).astype(jnp.float32)
-        exact = exact + finer * np.float32(0.5 / _residual_steps(layout))
+        exact = exact + finer * np.float32(0.5 / rounding.residual_steps(layout))
     product = split(exact) * of_rows(step)
     if with_offsets and layout.excess:
         product = product + np.float32(layout.excess) * of_rows(total)
