@@ -190,21 +190,23 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
     first = 0
     for words, bits in w.layout.factors.alike:
         # Words that are alike are one operand, and XLA unrolls the sum over them: the same code as
-        # of an operation a field, out of 51 operations instead of 215 (Q4_0). XLA's passes over a
+        # of an operation a field, out of 44 instructions instead of 210 (Q4_0). XLA's passes over a
         # module of many layers take most of the time that it needs to compile.
-        some = lax.slice_in_dim(all_words, words.start, words.stop, words.step, axis=-2)
+        operand = lax.slice_in_dim(all_words, words.start, words.stop, words.step, axis=-2)
         wide = (*shape[:-1], len(words), lanes)
-        some = lax.broadcast_in_dim(some, wide, of_words)
+        word_axis = len(wide) - 2
+        operand = lax.broadcast_in_dim(operand, wide, of_words)
         products = []
         for bit in bits:
-            by = jnp.full(wide, bit, jnp.uint16)
-            shifted = lax.shift_right_logical(some, by) if bit else some
             factor = lax.slice_in_dim(factors, first, first + len(words), axis=-1)
-            factor = lax.broadcast_in_dim(factor, wide, (*of_rows, len(wide) - 2))
+            factor = lax.broadcast_in_dim(factor, wide, (*of_rows, word_axis))
+            shifted = operand
+            if bit:
+                shifted = lax.shift_right_logical(operand, jnp.full(wide, bit, jnp.uint16))
             products.append(lax.mul(shifted, factor))
             first += len(words)
         product = functools.reduce(lax.add, products)
-        sums = lax.add(sums, lax.reduce(product, np.uint16(0), lax.add, (len(wide) - 2,)))
+        sums = lax.add(sums, lax.reduce(product, np.uint16(0), lax.add, (word_axis,)))
     return sums.astype(jnp.int16)
 
 

@@ -96,7 +96,7 @@ class Layout:
         for bit, words in sorted(words_at.items()):
             first, *more = words
             evenly = range(first, words[-1] + 1, more[0] - first if more else 1)
-            assert list(evenly) == words
+            assert list(evenly) == words  # a slice has to reach them
             bits_of.setdefault(evenly, []).append(bit)
         alike = tuple(Alike(words, tuple(bits)) for words, bits in bits_of.items())
         ordered = [columns[word, bit] for like in alike for bit in like.bits for word in like.words]
@@ -135,7 +135,7 @@ class Alike(NamedTuple):
 class Factors(NamedTuple):
     """words[word] >> bit is multiplied by a column of x @ mix, the last column of which sums x.
 
-    The columns follow `alike`, for each of its bits word by word.
+    The columns: of each of `alike`, for each of its bits, one a word.
     """
 
     alike: tuple[Alike, ...]

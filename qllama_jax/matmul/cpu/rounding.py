@@ -106,7 +106,7 @@ def _scale(
         # Rounding adds up to a half for each weight.
         room = np.float32(1 / (bound - layout.group // 2))
         least = jnp.maximum(least, magnitudes.sum(-1) * room)
-    # Stored: XLA would compute it again for every number, and compile that.
+    # Stored, from jax 0.11 on: XLA would compute it again for every number, and compile that.
     step = lax.optimization_barrier(_next_power_of_two(least))
     return step, groups / step[..., None]
 
