@@ -33,7 +33,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # of work for the tests of one room; a check whose absence lets them hang is missed
-GGUF = ["test_gguf_refusals.py", "test_gguf_file.py"]
+GGUF = [
+    "test_gguf_refusals.py",
+    "test_gguf_paths.py",
+    "test_gguf_limits.py",
+    "test_gguf_split_files.py",
+    "test_gguf_file.py",
+]
 REFUSALS = "refused or finite or missing or leftover or too_many or needs or without"
 #: Room -> the tests that know its checks, as arguments of pytest.
 ROOMS = {
@@ -43,9 +49,9 @@ ROOMS = {
     "tensor_file": GGUF,
     "metadata": ["test_metadata.py", "test_config.py"],
     "config": ["test_config.py"],
-    "tensor_reader": ["test_load.py", "-k", REFUSALS],
-    "read_params": ["test_load.py", "test_moe.py", "-k", REFUSALS],
-    "load": ["test_load.py", "test_moe.py", "-k", REFUSALS],
+    "tensor_reader": ["test_load_refusals.py", "-k", REFUSALS],
+    "read_params": ["test_load_refusals.py", "test_moe.py", "-k", REFUSALS],
+    "load": ["test_load_refusals.py", "test_moe.py", "-k", REFUSALS],
     "tokenizer/vocabulary": ["test_mutations.py", "-k", "token or type or score or merge or flag"],
 }
 REFUSES = ("check", "_check", "_refuse", "_expect", "_same")

@@ -15,6 +15,17 @@ from numpy.typing import NDArray
 from blocks import dequantize, quantize
 from gguf_bytes import read_with_gguf_py
 from qllama_jax.tensor_types import OldType, TensorType
+from tiny import write_tiny_llama
+
+LAYERS, EMBED, FFN, HEADS, KV_HEADS, VOCAB = 2, 256, 256, 4, 2, 320
+SIZES: dict[str, Any] = {
+    "layers": LAYERS,
+    "embed": EMBED,
+    "ffn": FFN,
+    "heads": HEADS,
+    "kv_heads": KV_HEADS,
+    "vocab": VOCAB,
+}
 
 QType = gguf.GGMLQuantizationType
 
@@ -212,3 +223,8 @@ def write_equivalent(path: Path, source: Path, kind: str, type_name: str) -> Pat
 def through(weights: NDArray[np.float32], qtype: TensorType) -> NDArray[np.float32]:
     """The weights that a type makes of `weights`."""
     return dequantize(quantize(weights, qtype), qtype)
+
+
+def write_source(path: Path, **changes: Any) -> Path:
+    """Write the model that old files are made of, as GGUF with F32 tensors."""
+    return write_tiny_llama(path, "F32", **SIZES | changes)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
 
 from gguf_bytes import (
     TinyGGUF,
@@ -24,114 +21,16 @@ from gguf_bytes import (
     u32,
     u64,
 )
-from qllama_jax import gguf_cursor, gguf_header
-from qllama_jax.errors import GGUFError
 from qllama_jax.gguf_file import read_gguf
+from refusals import message_of
 
 BASE = TinyGGUF().encode()
 SIZE = len(BASE)
 # Header offsets of the three tensors. A key that is added begins where the first tensor was.
 ONE, TWO, THREE = (len(TinyGGUF(rows=TinyGGUF().rows[:i]).header()) for i in range(3))
 NEW = ONE
+refused = functools.partial(message_of, read_gguf)
 
-
-def refused(path: Path) -> str:
-    """Message with which a file is refused, which begins with the file."""
-    with pytest.raises(GGUFError) as caught:
-        read_gguf(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    return message.removeprefix(f"{path}: ")
-
-
-# Files that are something else
-
-OTHER_FILES = {
-    "empty": (b"", "header: the file is empty (0 bytes)"),
-    "half a magic": (b"GG", "preamble ends at byte 24 but the file has 2 bytes; it is truncated"),
-    "wrong magic": (b"GGUG" + BASE[4:], "not a GGUF file: it starts with b'GGUG"),
-    "html": (b"\n<!DOCTYPE html>\n<html>404</html>", "an HTML page"),
-    "html without doctype": (b"<HTML><body>404</body>", "an HTML page"),
-    "git-lfs": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432\n",
-        "a git-LFS pointer",
-    ),
-    "legacy ggml": (b"lmgg" + BASE[4:], "a legacy GGML model"),
-    "legacy ggmf": (b"fmgg" + BASE[4:], "a legacy GGMF model"),
-    "legacy ggjt": (b"tjgg" + BASE[4:], "a legacy GGJT model"),
-    "legacy adapter": (b"algg" + BASE[4:], "a legacy GGML adapter"),
-    "legacy session": (b"nsgg" + BASE[4:], "a saved llama.cpp session"),
-    "reversed magic": (b"FUGG" + BASE[4:], "a big-endian file"),
-    "zip": (b"PK\x03\x04" + BASE[4:], "a zip archive, such as a PyTorch checkpoint"),
-    "hole": (bytes(4096), "zeros: an interrupted download"),
-    "escapes": (b"\x1b[2J" + BASE[4:], r"it starts with b'\x1b[2J"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_FILES)
-def test_a_file_of_another_kind_is_refused_and_named(tmp_path, name):
-    raw, wanted = OTHER_FILES[name]
-    path = tmp_path / "m.gguf"
-    path.write_bytes(raw)
-    assert wanted in refused(path)
-
-
-def make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(path))  # its name may have 107 bytes
-
-
-SPECIAL_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: None, "no such file"),
-    "dangling link": (lambda path: path.symlink_to("nowhere"), "no such file"),
-    "link to itself": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
-    "directory": (lambda path: path.mkdir(), "is a directory, wanted a regular file"),
-    "fifo": (os.mkfifo, "is a FIFO, wanted a regular file"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), "is a character device, wanted"),
-    "socket": (make_socket, "is a socket, wanted a regular file"),
-}
-
-
-@pytest.mark.parametrize("name", SPECIAL_FILES)
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    make, wanted = SPECIAL_FILES[name]
-    path = tmp_path / "m.gguf"
-    make(path)
-    assert wanted in refused(path)
-
-
-def test_a_fifo_that_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypatch):
-    path, fifo = tmp_path / "m.gguf", tmp_path / "fifo"
-    path.write_bytes(BASE)
-    os.mkfifo(fifo)
-    regular = path.stat()
-    fifo.replace(path)
-    monkeypatch.setattr(os, "stat", lambda *arguments, **options: regular)
-    assert "is a FIFO" in refused(path)
-
-
-def test_a_path_below_a_file_or_with_a_nul_is_refused(tmp_path):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(BASE)
-    assert "cannot be read: Not a directory" in refused(path / "below")
-    # Not below tmp_path: an error shortens a long name.
-    with pytest.raises(GGUFError, match=r"^'/m\\x00\.gguf': no such file"):
-        read_gguf("/m\0.gguf")
-
-
-def test_a_link_to_a_file_is_read(tmp_path):
-    (tmp_path / "blob").write_bytes(BASE)
-    (tmp_path / "m.gguf").symlink_to("blob")
-    assert list(read_gguf(tmp_path / "m.gguf").tensors) == ["one", "two", "three"]
-
-
-def test_what_is_no_path_is_a_type_error():
-    with pytest.raises(TypeError):
-        read_gguf(0)  # pyright: ignore  # not standard input, on which open(0) would wait
-
-
-# The tiny file with one thing wrong
 
 Change = Callable[[TinyGGUF], object]
 
@@ -399,190 +298,3 @@ def test_text_of_a_file_is_shown_escaped_and_short(tmp_path):
         message = refused(path)
         assert message.isprintable()
         assert len(message) < 300
-
-
-# Limits
-
-
-def write_sparse(path: Path, head: bytes, size: int) -> Path:
-    """A file without tensors of `size` bytes: a header that goes on with zeros."""
-    path.write_bytes(head)
-    os.truncate(path, size)
-    return path
-
-
-def test_a_string_may_have_64_mib(tmp_path):
-    length = 64 * 2**20 + 1
-    head = TinyGGUF(keys=[(b"x.y", u32(8) + u64(length))], rows=[]).header()
-    path = write_sparse(tmp_path / "m.gguf", head, len(head) + length)
-    assert f"string has {length} bytes, allowed 0..67108864" in refused(path)
-
-
-def test_an_array_may_have_16_mi_items(tmp_path):
-    for length in (16 * 2**20, 16 * 2**20 + 1):
-        head = TinyGGUF(keys=[(b"x.y", typed_array(0, length, b""))], rows=[]).header()
-        path = write_sparse(tmp_path / f"{length}.gguf", head, len(head) + length)
-        if length == 16 * 2**20:
-            assert read_gguf(path).metadata["x.y"].shape == (length,)
-        else:
-            assert f"array of {length} items, allowed 0..16777216" in refused(path)
-
-
-def test_keys_and_tensors_are_limited_in_number(tmp_path, monkeypatch):
-    assert gguf_header.MAX_KEYS == 65_536
-    assert gguf_header.MAX_TENSORS == 1_048_576
-    path = tmp_path / "m.gguf"
-    path.write_bytes(BASE)
-    monkeypatch.setattr(gguf_header, "MAX_KEYS", 6)
-    monkeypatch.setattr(gguf_header, "MAX_TENSORS", 3)
-    read_gguf(path)
-    monkeypatch.setattr(gguf_header, "MAX_TENSORS", 2)
-    assert "3 tensors, allowed 0..2" in refused(path)
-    monkeypatch.setattr(gguf_header, "MAX_KEYS", 5)
-    assert "6 keys, allowed 0..5" in refused(path)
-
-
-def test_a_header_is_limited_in_size(tmp_path, monkeypatch):
-    assert gguf_cursor.MAX_HEADER == 256 * 2**20
-    path = tmp_path / "m.gguf"
-    path.write_bytes(BASE)
-    end = len(TinyGGUF().header())
-    monkeypatch.setattr(gguf_header, "READ_STEP", 64)  # of the first read
-    monkeypatch.setattr(gguf_cursor, "MAX_HEADER", end)
-    read_gguf(path)
-    monkeypatch.setattr(gguf_cursor, "MAX_HEADER", end - 1)
-    message = f"tensor offset ends at byte {end}; a header may have {end - 1} bytes"
-    assert message in refused(path)
-
-
-# Split files
-
-
-def write_split(folder: Path) -> list[Path]:
-    """The tiny file's tensors in three parts, written by gguf-py."""
-    folder.mkdir(exist_ok=True)
-    writer = GGUFWriter(folder / "m", "llama", split_max_tensors=1)
-    writer.add_string("general.name", "whole")
-    source = folder / "source"
-    source.write_bytes(BASE)
-    for name, tensor in read_gguf(source).tensors.items():
-        writer.add_tensor(name, tensor.data, raw_dtype=GGMLQuantizationType(tensor.qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return [folder / f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
-
-
-def edit(path: Path, old: bytes, new: bytes) -> None:
-    raw = path.read_bytes()
-    assert raw.count(old) == 1
-    path.write_bytes(raw.replace(old, new))
-
-
-def number(key: str, value: int) -> bytes:
-    """A split key as gguf-py writes it: uint16, the number of tensors int32."""
-    kind, form = (5, "<i") if key == "split.tensors.count" else (2, "<H")
-    return string(key) + u32(kind) + struct.pack(form, value)
-
-
-@pytest.mark.parametrize("part", [0, 1, 2])
-def test_any_part_of_a_split_file_opens_all_parts(tmp_path, part):
-    paths = write_split(tmp_path / "split")
-    file = read_gguf(paths[part])
-    assert file.path == paths[part]
-    assert file.metadata.path == str(paths[0])
-    assert file.metadata.get_str("general.name") == "whole"
-    assert list(file.tensors) == ["one", "two", "three"]
-    assert_same_tensors(file, [read_with_gguf_py(path) for path in paths])
-
-
-@pytest.mark.parametrize("gone", [(0,), (1,), (2,), (1, 2)])
-def test_missing_parts_are_listed(tmp_path, gone):
-    paths = write_split(tmp_path / "split")
-    for part in gone:
-        paths[part].unlink()
-    there = next(path for path in paths if path.exists())
-    names = ", ".join(paths[part].name for part in gone)
-    assert refused(there) == f"{len(gone)} of 3 parts are missing: {names}"
-
-
-def rename_to_plain(paths: list[Path]) -> Path:
-    return paths[0].rename(paths[0].with_name("model.gguf"))
-
-
-def rename_to_fewer(paths: list[Path]) -> Path:
-    return paths[0].rename(paths[0].with_name("m-00001-of-00002.gguf"))
-
-
-def rename_to_part_4(paths: list[Path]) -> Path:
-    return paths[0].rename(paths[0].with_name("m-00004-of-00003.gguf"))
-
-
-def rename_to_part_0(paths: list[Path]) -> Path:
-    return paths[0].rename(paths[0].with_name("m-00000-of-00003.gguf"))
-
-
-@pytest.mark.parametrize(
-    "rename", [rename_to_plain, rename_to_fewer, rename_to_part_4, rename_to_part_0]
-)
-def test_a_part_under_another_name_is_refused(tmp_path, rename):
-    path = rename(write_split(tmp_path / "split"))
-    message = "one of 3 parts, so its name must end like -00001-of-00003.gguf"
-    assert refused(path) == message
-
-
-BAD_PARTS: dict[str, tuple[int, tuple[bytes, bytes], str]] = {
-    "a part that says it is another": (
-        1,
-        (number("split.no", 1), number("split.no", 2)),
-        "found 2, wanted 1",
-    ),
-    "a part of another number of parts": (
-        2,
-        (number("split.count", 3), number("split.count", 2)),
-        "found 2, wanted 3",
-    ),
-    "a part that says it is whole": (
-        2,
-        (number("split.count", 3), number("split.count", 1)),
-        "found 1, wanted 3",
-    ),
-    "a wrong number of tensors in the first part": (
-        0,
-        (number("split.tensors.count", 3), number("split.tensors.count", 4)),
-        "found 4, wanted 3",
-    ),
-    "a wrong number of tensors in a later part": (
-        1,
-        (number("split.tensors.count", 3), number("split.tensors.count", 2)),
-        "found 2, wanted 3",
-    ),
-    "no number of tensors in the first part": (
-        0,
-        (number("split.tensors.count", 3), number("split.tensors.c_unt", 3)),
-        "key 'split.tensors.count' is missing",
-    ),
-    "a negative number": (
-        1,
-        (number("split.no", 1), string("split.no") + u32(3) + struct.pack("<h", -1)),
-        "key 'split.no' (header offset ",
-    ),
-    "a tensor that another part has": (
-        1,
-        (string("two"), string("one")),
-        "tensor 'one' is in ",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_PARTS)
-def test_parts_that_contradict_each_other_are_refused(tmp_path, name):
-    part, (old, new), wanted = BAD_PARTS[name]
-    paths = write_split(tmp_path / "split")
-    edit(paths[part], old, new)
-    opener = paths[0] if part else paths[1]
-    with pytest.raises(GGUFError) as caught:
-        read_gguf(opener)
-    assert str(caught.value).startswith(f"{paths[part]}: ")
-    assert wanted in str(caught.value)
