@@ -39,6 +39,7 @@ GGUF = [
     "test_gguf_limits.py",
     "test_gguf_split_files.py",
     "test_gguf_file.py",
+    "test_gguf_damage.py",
 ]
 REFUSALS = "refused or finite or missing or leftover or too_many or needs or without"
 #: Room -> the tests that know its checks, as arguments of pytest.
