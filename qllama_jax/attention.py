@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from qllama_jax.cache import write
+from qllama_jax.carries import varying
 from qllama_jax.matmul import xla
 from qllama_jax.sharding import Partitioning, spec
 
@@ -217,6 +218,7 @@ def _in_blocks(
         total=jnp.zeros((B, K, G * T), jnp.float32),
         out=jnp.zeros((B, K, G * T, H), jnp.float32),
     )
+    sums = varying(sums, q, k, v, positions)
     blocks = -(-S // size)
     if blocks == 1:
         sums = add_block(sums, jnp.int32(0))

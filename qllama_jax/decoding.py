@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from qllama_jax.cache import KVCache
+from qllama_jax.carries import varying
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding_arguments import stop_ids
 from qllama_jax.matmul import Activations
@@ -175,13 +176,15 @@ def decode_many(
         top_logprobs=jnp.zeros((B, max_steps, top_logprobs), jnp.float32),
     )
 
+    every = chosen, state.token, state.recent, state.finish, state.generated
+    every = varying(every, params, state.cache, sampling, stop_tokens)
     if params.partitioning is not None:
         # What the loop carries lies from the start where a step leaves it.
-        every = chosen, state.token, state.recent, state.finish, state.generated
-        chosen, token, recent, finish, generated = params.partitioning.whole(every)
-        state = dataclasses.replace(
-            state, token=token, recent=recent, finish=finish, generated=generated
-        )
+        every = params.partitioning.whole(every)
+    chosen, token, recent, finish, generated = every
+    state = dataclasses.replace(
+        state, token=token, recent=recent, finish=finish, generated=generated
+    )
 
     def unfinished(carry: tuple) -> Array:
         i, state, _ = carry

@@ -18,6 +18,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from qllama_jax.carries import varying
 from qllama_jax.matmul import Activations, matmul, matmul_expert
 from qllama_jax.matmul.sharded import parts, weight_axes
 from qllama_jax.params import MoEBlock
@@ -140,7 +141,7 @@ def _sum_over_experts(
 
     # Each expert's last tile may be partly empty; with one token a tile none is.
     most_tiles = min(pairs, pairs // size + E)
-    out = jnp.zeros((B * T, D), jnp.float32)
+    out = varying(jnp.zeros((B * T, D), jnp.float32), x, counted, block, part)
     out, _ = lax.scan(add_tile, out, jnp.arange(most_tiles, dtype=jnp.int32))
     if together:
         out = lax.psum(out, together)

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
+from qllama_jax.carries import varying
 from qllama_jax.penalties import PENALTY_WINDOW, holds_window, penalize
 from qllama_jax.quants import Leaf
 
@@ -153,7 +154,7 @@ def kept(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"
     keep = lax.cond(
         jnp.any(by_rank),
         lambda: _kept_by_rank(logits, sampling),
-        lambda: jnp.ones(logits.shape, bool),
+        lambda: varying(jnp.ones(logits.shape, bool), logits, sampling),
     )
     # p / p_max = exp(logit - logit_max), whatever the tokens that were cut before.
     top = jnp.max(jnp.where(keep, logits, -jnp.inf), axis=-1, keepdims=True)
@@ -166,6 +167,7 @@ def _kept_by_rank(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Arr
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(V, dtype=jnp.int32)[None]
     keep = rank < jnp.where(sampling.top_k > 0, sampling.top_k, V)[:, None]
+    keep = varying(keep, logits, sampling)
     keep = lax.cond(
         jnp.any(sampling.typical_p < 1),
         lambda: _typical(ranked, keep, sampling.typical_p),

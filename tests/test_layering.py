@@ -15,6 +15,7 @@ RUNGS = {
     "errors": 0,
     "tensor_types": 0,
     "calls": 0,
+    "carries": 0,
     "metadata": 1.0,
     "hub": 1.0,
     "gguf_cursor": 1.0,

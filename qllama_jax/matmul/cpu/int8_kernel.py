@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int16
 
+from qllama_jax.carries import varying
 from qllama_jax.matmul.cpu import processor, rounding
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP, MOST_GROUPS
@@ -83,7 +84,7 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
             y = lax.dynamic_update_slice(y, product, (np.int32(j * B), first * LANES))
         return y
 
-    y = jnp.zeros((len(x) * B, w.padded), jnp.float32)
+    y = varying(jnp.zeros((len(x) * B, w.padded), jnp.float32), x, w)
     y = lax.fori_loop(0, -(-tiles // size), write_tiles, y)
     if w.minimum is not None or w.layout.excess:
         # Of many rows the offsets' part is faster as a product of its own: 128 rows times Q4_K

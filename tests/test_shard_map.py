@@ -1,0 +1,119 @@
+"""The pure functions inside a `jax.shard_map` that checks what varies over the mesh, as it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QType
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import qllama_jax as ql
+from blocks import blocks_like
+from meshes import SMALL
+from qllama_jax.quants import FORMATS
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
+ROWS, TOKENS = 4, 6
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["dense", "mixture"])
+def model(request, tiny_llama):
+    experts = {"experts": request.param, "experts_used": 1} if request.param else {}
+    return ql.load(tiny_llama("Q4_0", **experts, **SMALL))
+
+
+@pytest.fixture
+def mesh():
+    devices = jax.devices("cpu")[:2]
+    return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def prompts() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(3, 300, (ROWS, TOKENS)), jnp.int32)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_forward_by_rows(model, mesh, activations: Any):
+    def forward(params, tokens):
+        cache = ql.init_cache(model.config, tokens.shape[0], 16)
+        logits, cache = ql.forward(
+            params, tokens, cache, config=model.config, activations=activations
+        )
+        step, _ = ql.forward(
+            params, tokens[:, -1:], cache, config=model.config, activations=activations
+        )
+        return jnp.concatenate([logits, step], axis=1)
+
+    by_rows = jax.shard_map(forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    wanted = jax.jit(forward)(model.params, prompts())
+    found = jax.jit(by_rows)(model.params, prompts())
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [ql.Sampling(temperature=0.0), ql.Sampling(top_k=20, top_p=0.9, typical_p=0.9, min_p=0.01)],
+    ids=["greedy", "filtered"],
+)
+def test_generate_by_rows(model, mesh, sampling):
+    def generate(params, tokens, keys):
+        lengths = jnp.full(tokens.shape[:1], TOKENS, jnp.int32)
+        return ql.generate_tokens(
+            params,
+            tokens,
+            lengths,
+            keys,
+            config=model.config,
+            sampling=sampling,
+            max_new_tokens=5,
+            stop_tokens=[],
+            activations="float",
+        ).tokens
+
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    by_rows = jax.shard_map(
+        generate, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data")
+    )
+    wanted = jax.jit(generate)(model.params, prompts(), keys)
+    np.testing.assert_array_equal(jax.jit(by_rows)(model.params, prompts(), keys), wanted)
+
+
+def test_the_gradient_to_embeddings_by_rows(model, mesh):
+    def gradient(params, x):
+        def loss(x):
+            cache = ql.init_cache(model.config, x.shape[0], 16)
+            hidden, _, _ = ql.hidden_states(
+                params, None, cache, config=model.config, inputs_embeds=x
+            )
+            return jnp.sum(hidden**2)
+
+        return jax.grad(loss)(x)
+
+    x = jax.random.normal(jax.random.key(1), (ROWS, TOKENS, model.config.embed_dim))
+    by_rows = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    wanted = jax.jit(gradient)(model.params, x)
+    np.testing.assert_allclose(jax.jit(by_rows)(model.params, x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("activations", ["float", "int8", "auto"])
+def test_matmul_where_the_weight_alone_varies(mesh, rows: int, activations: Any):
+    rng = np.random.default_rng(0)
+    raw = blocks_like(rng.standard_normal((256, 512), dtype=np.float32), QType.Q4_0, rng)
+    w = jax.tree.map(jnp.asarray, FORMATS[QType.Q4_0].from_bytes(raw))
+    x = jnp.asarray(rng.standard_normal((rows, 512), dtype=np.float32))
+
+    def multiply(x, w):
+        return ql.matmul(x, w, activations=activations)
+
+    by_columns = jax.shard_map(
+        multiply, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(None, "data")
+    )
+    found = jax.jit(by_columns)(x, w)
+    np.testing.assert_allclose(found, jax.jit(multiply)(x, w), atol=1e-3)
