@@ -8,26 +8,35 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int32, Key
 
 Tree = TypeVar("Tree")
 
 
 def varying(start: Tree, *like: Any) -> Tree:
-    """Return numbers or truths that vary over a mesh as what is computed from them and `like`.
+    """Return numbers or truths that all vary over a mesh as what comes of them and `like` does.
 
     Within a `shard_map` what a loop carries varies over the same axes of the mesh before a step and
-    after it, and what a branch returns over those of the other's, while a constant varies over
-    none: here it varies over those, too, that any array of `like`, arrays and trees of them,
-    varies over. Elsewhere nothing is done.
+    after it, and what a branch returns over those of the other's. A constant varies over none: here
+    it varies over all that any array of `start` or `like`, trees of arrays, varies over. Elsewhere,
+    and where nothing is checked, nothing is done.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return start
-    zeros = [jnp.zeros_like(leaf, shape=(), dtype=jnp.int32) for leaf in jax.tree.leaves(like)]
+    zeros = map(_zero, jax.tree.leaves((start, *like)))
     # One of those that vary alike.
     zero = functools.reduce(lax.add, {jax.typeof(z): z for z in zeros}.values(), jnp.int32(0))
 
     def vary(x: Array) -> Array:
-        return x | (zero > 0) if x.dtype == bool else x + zero.astype(x.dtype)
+        y = x | (zero > 0) if x.dtype == bool else x + zero.astype(x.dtype)
+        return x if jax.typeof(x) == jax.typeof(y) else y
 
     return jax.tree.map(vary, start)
+
+
+def _zero(leaf: ArrayLike | Key[Array, ...]) -> Int32[Array, ""]:
+    """Return a zero that varies as `leaf` does."""
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return jnp.zeros_like(leaf, shape=(), dtype=jnp.int32)

@@ -177,13 +177,13 @@ def decode_many(
     )
 
     every = chosen, state.token, state.recent, state.finish, state.generated
-    every = varying(every, params, state.cache, sampling, stop_tokens)
+    cache, every = varying((state.cache, every), params, sampling, stop_tokens, state.keys)
     if params.partitioning is not None:
         # What the loop carries lies from the start where a step leaves it.
         every = params.partitioning.whole(every)
     chosen, token, recent, finish, generated = every
     state = dataclasses.replace(
-        state, token=token, recent=recent, finish=finish, generated=generated
+        state, cache=cache, token=token, recent=recent, finish=finish, generated=generated
     )
 
     def unfinished(carry: tuple) -> Array:

@@ -131,7 +131,7 @@ def sample(
 
     # Of the filters, typical-p alone can cut the most likely token.
     filtered = jnp.any((sampling.temperature > 0) | (sampling.typical_p < 1))
-    token = lax.cond(filtered, choose, lambda: _likeliest(logits))
+    token = lax.cond(filtered, choose, lambda: varying(_likeliest(logits), sampling, keys))
     # The largest alone does not tell: XLA's maximum on a CPU passes over a NaN among thousands of
     # logits, or of some 64 rows of them (0.10 and 0.12), and argmax is that NaN's index.
     chooses = jnp.all(finite & ~jnp.isnan(logits), axis=-1) & jnp.isfinite(jnp.max(logits, axis=-1))

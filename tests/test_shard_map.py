@@ -56,12 +56,16 @@ def test_forward_by_rows(model, mesh, activations: Any):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+GREEDY = ql.Sampling(temperature=0.0)
+FILTERED = ql.Sampling(top_k=20, top_p=0.9, typical_p=0.9, min_p=0.01)
+
+
 @pytest.mark.parametrize(
-    "sampling",
-    [ql.Sampling(temperature=0.0), ql.Sampling(top_k=20, top_p=0.9, typical_p=0.9, min_p=0.01)],
-    ids=["greedy", "filtered"],
+    ("sampling", "vary"),
+    [(GREEDY, "prompts"), (FILTERED, "prompts"), (FILTERED, "keys")],
+    ids=["greedy", "filtered", "keys-alone"],
 )
-def test_generate_by_rows(model, mesh, sampling):
+def test_generate_by_rows(model, mesh, sampling, vary: str):
     def generate(params, tokens, keys):
         lengths = jnp.full(tokens.shape[:1], TOKENS, jnp.int32)
         return ql.generate_tokens(
@@ -77,11 +81,17 @@ def test_generate_by_rows(model, mesh, sampling):
         ).tokens
 
     keys = jax.random.split(jax.random.key(0), ROWS)
+    if vary == "prompts":
+        tokens, tokens_spec = prompts(), P("data")
+        whole = tokens
+    else:  # each device draws other continuations of the same prompts
+        tokens, tokens_spec = prompts()[: ROWS // 2], P()
+        whole = jnp.concatenate([tokens, tokens])
     by_rows = jax.shard_map(
-        generate, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data")
+        generate, mesh=mesh, in_specs=(P(), tokens_spec, P("data")), out_specs=P("data")
     )
-    wanted = jax.jit(generate)(model.params, prompts(), keys)
-    np.testing.assert_array_equal(jax.jit(by_rows)(model.params, prompts(), keys), wanted)
+    wanted = jax.jit(generate)(model.params, whole, keys)
+    np.testing.assert_array_equal(jax.jit(by_rows)(model.params, tokens, keys), wanted)
 
 
 def test_the_gradient_to_embeddings_by_rows(model, mesh):
