@@ -15,17 +15,18 @@ Tree = TypeVar("Tree")
 
 
 def varying(start: Tree, *like: Any) -> Tree:
-    """Return numbers or truths that all vary over a mesh as what comes of them and `like` does.
+    """Return arrays, of numbers or truths, that vary over a mesh as what comes of them and `like`.
 
     Within a `shard_map` what a loop carries varies over the same axes of the mesh before a step and
     after it, and what a branch returns over those of the other's. A constant varies over none: here
     it varies over all that any array of `start` or `like`, trees of arrays, varies over. Elsewhere,
-    and where nothing is checked, nothing is done.
+    and where nothing is checked, `start` is returned.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return start
     zeros = map(_zero, jax.tree.leaves((start, *like)))
-    # One of those that vary alike.
+    # Zeros, one for each way to vary, and not `lax.pcast`: which axes an array varies over JAX's
+    # versions tell under different names.
     zero = functools.reduce(lax.add, {jax.typeof(z): z for z in zeros}.values(), jnp.int32(0))
 
     def vary(x: Array) -> Array:

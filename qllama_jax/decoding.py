@@ -177,7 +177,8 @@ def decode_many(
     )
 
     every = chosen, state.token, state.recent, state.finish, state.generated
-    cache, every = varying((state.cache, every), params, sampling, stop_tokens, state.keys)
+    start = jnp.int32(0), state.cache, every
+    first, cache, every = varying(start, params, sampling, stop_tokens, state.keys, steps)
     if params.partitioning is not None:
         # What the loop carries lies from the start where a step leaves it.
         every = params.partitioning.whole(every)
@@ -215,7 +216,7 @@ def decode_many(
 
         return i + 1, state, jax.tree.map(put, new, chosen)
 
-    ran, state, chosen = lax.while_loop(unfinished, step, (jnp.int32(0), state, chosen))
+    ran, state, chosen = lax.while_loop(unfinished, step, (first, state, chosen))
     return state, chosen, ran
 
 

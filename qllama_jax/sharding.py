@@ -139,7 +139,7 @@ class Partitioning:
             jax.tree.map(self._laid_out, argument, _whole_specs(specs, argument))
             for argument, specs in zip(arguments, in_specs, strict=True)
         )
-        # Types that follow what varies over the mesh would have to be given to every loop's init.
+        # What varies over the mesh is unchecked: the function itself sums over devices.
         mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )

@@ -111,6 +111,26 @@ def test_the_gradient_to_embeddings_by_rows(model, mesh):
     np.testing.assert_allclose(jax.jit(by_rows)(model.params, x), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_steps_that_differ_by_device_are_not_given_as_the_same(model, mesh):
+    def steps(params, tokens):
+        lengths = jnp.full(tokens.shape[:1], TOKENS, jnp.int32)
+        cache = ql.init_cache(model.config, tokens.shape[0], 16)
+        logits, cache = ql.prefill(params, tokens, lengths, cache, config=model.config)
+        recent = ql.recent_tokens(tokens, lengths)
+        keys = ql.row_keys(jax.random.key(0), tokens.shape[0])
+        state, _ = ql.start_decoding(logits, cache, recent, keys, GREEDY, [])
+        return ql.decode_many(params, state, GREEDY, [], 2, config=model.config, max_steps=2)[2]
+
+    in_specs = (P(), P("data"))
+    by_rows = jax.shard_map(
+        lambda p, t: steps(p, t)[None], mesh=mesh, in_specs=in_specs, out_specs=P("data")
+    )
+    np.testing.assert_array_equal(jax.jit(by_rows)(model.params, prompts()), [2, 2])
+    as_one = jax.shard_map(steps, mesh=mesh, in_specs=in_specs, out_specs=P())
+    with pytest.raises(ValueError, match="data"):
+        jax.jit(as_one)(model.params, prompts())
+
+
 @pytest.mark.parametrize("rows", [1, 8, 40])
 @pytest.mark.parametrize("activations", ["float", "int8", "auto"])
 def test_matmul_where_the_weight_alone_varies(mesh, rows: int, activations: Any):
@@ -127,3 +147,8 @@ def test_matmul_where_the_weight_alone_varies(mesh, rows: int, activations: Any)
     )
     found = jax.jit(by_columns)(x, w)
     np.testing.assert_allclose(found, jax.jit(multiply)(x, w), atol=1e-3)
+
+    def gradient(product):
+        return jax.jit(jax.grad(lambda x: (product(x, w) ** 2).sum()))(x)
+
+    np.testing.assert_allclose(gradient(by_columns), gradient(multiply), rtol=1e-4, atol=1e-2)

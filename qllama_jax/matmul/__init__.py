@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from qllama_jax.carries import varying
 from qllama_jax.matmul import xla
 from qllama_jax.matmul.blocks import matmul_blocks
 from qllama_jax.quants import Block
@@ -51,7 +52,8 @@ def matmul(
     gradient, and no forward mode (`jax.jvp`).
     """
     _check_operands(x, w, activations)
-    return _multiply(w, x, activations)
+    # Of an x that is the same on all devices, and w not, JAX then adds up the gradients to x.
+    return _multiply(w, varying(x, w), activations)
 
 
 def matmul_expert(
@@ -67,7 +69,7 @@ def matmul_expert(
     0..E-1. All else, errors included, is as in `matmul`.
     """
     _check_operands(x, w, activations)
-    return _multiply_expert(w, x, expert, activations)
+    return _multiply_expert(w, varying(x, w, expert), expert, activations)
 
 
 def check_activations(activations: str) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from qllama_jax.carries import varying
+
 Tree = TypeVar("Tree")
 Fence = Callable[[Tree], Tree]
 
@@ -28,4 +30,6 @@ def fence_for(numbers: Array) -> Fence:
         return lax.optimization_barrier
     first = numbers.reshape(-1)[0].astype(jnp.float32)
     once = jnp.where(first > np.float32(3e38), np.int32(2), np.int32(1))
-    return lambda tree: lax.fori_loop(0, once, lambda _, t: lax.optimization_barrier(t), tree)
+    return lambda tree: lax.fori_loop(
+        0, once, lambda _, t: lax.optimization_barrier(t), varying(tree, once)
+    )
