@@ -176,16 +176,13 @@ def decode_many(
         top_logprobs=jnp.zeros((B, max_steps, top_logprobs), jnp.float32),
     )
 
-    every = chosen, state.token, state.recent, state.finish, state.generated
-    start = jnp.int32(0), state.cache, every
-    first, cache, every = varying(start, params, sampling, stop_tokens, state.keys, steps)
     if params.partitioning is not None:
         # What the loop carries lies from the start where a step leaves it.
-        every = params.partitioning.whole(every)
-    chosen, token, recent, finish, generated = every
-    state = dataclasses.replace(
-        state, cache=cache, token=token, recent=recent, finish=finish, generated=generated
-    )
+        every = chosen, state.token, state.recent, state.finish, state.generated
+        chosen, token, recent, finish, generated = params.partitioning.whole(every)
+        state = dataclasses.replace(
+            state, token=token, recent=recent, finish=finish, generated=generated
+        )
 
     def unfinished(carry: tuple) -> Array:
         i, state, _ = carry
@@ -216,7 +213,8 @@ def decode_many(
 
         return i + 1, state, jax.tree.map(put, new, chosen)
 
-    ran, state, chosen = lax.while_loop(unfinished, step, (first, state, chosen))
+    start = varying((jnp.int32(0), state, chosen), params, sampling, stop_tokens, steps)
+    ran, state, chosen = lax.while_loop(unfinished, step, start)
     return state, chosen, ran
 
 

@@ -109,6 +109,8 @@ def sample(
         recent: the tokens before this one, for the penalties; ids outside 0..V-1 count not.
     """
     sampling = jax.tree.map(jnp.asarray, sampling)
+    # So that all branches below vary over a mesh alike.
+    logits, sampling = varying((logits, sampling), keys, recent)
     finite = jnp.isfinite(logits)
     logits = penalize(
         logits + sampling.logit_bias,
@@ -131,7 +133,7 @@ def sample(
 
     # Of the filters, typical-p alone can cut the most likely token.
     filtered = jnp.any((sampling.temperature > 0) | (sampling.typical_p < 1))
-    token = lax.cond(filtered, choose, lambda: varying(_likeliest(logits), sampling, keys))
+    token = lax.cond(filtered, choose, lambda: _likeliest(logits))
     # The largest alone does not tell: XLA's maximum on a CPU passes over a NaN among thousands of
     # logits, or of some 64 rows of them (0.10 and 0.12), and argmax is that NaN's index.
     chooses = jnp.all(finite & ~jnp.isnan(logits), axis=-1) & jnp.isfinite(jnp.max(logits, axis=-1))
@@ -154,7 +156,7 @@ def kept(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"
     keep = lax.cond(
         jnp.any(by_rank),
         lambda: _kept_by_rank(logits, sampling),
-        lambda: varying(jnp.ones(logits.shape, bool), logits, sampling),
+        lambda: jnp.ones_like(logits, bool),
     )
     # p / p_max = exp(logit - logit_max), whatever the tokens that were cut before.
     top = jnp.max(jnp.where(keep, logits, -jnp.inf), axis=-1, keepdims=True)
@@ -167,7 +169,6 @@ def _kept_by_rank(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Arr
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(V, dtype=jnp.int32)[None]
     keep = rank < jnp.where(sampling.top_k > 0, sampling.top_k, V)[:, None]
-    keep = varying(keep, logits, sampling)
     keep = lax.cond(
         jnp.any(sampling.typical_p < 1),
         lambda: _typical(ranked, keep, sampling.typical_p),

@@ -6,12 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from gguf_bytes import (
-    TinyGGUF,
-    typed_array,
-    u32,
-    u64,
-)
+from gguf_bytes import TinyGGUF, typed_array, u32, u64
 from qllama_jax import gguf_cursor, gguf_header
 from qllama_jax.gguf_file import read_gguf
 from refusals import message_of

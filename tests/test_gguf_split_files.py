@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from gguf_bytes import (
-    TinyGGUF,
-    assert_same_tensors,
-    read_with_gguf_py,
-    string,
-    u32,
-)
+from gguf_bytes import TinyGGUF, assert_same_tensors, read_with_gguf_py, string, u32
 from qllama_jax.errors import GGUFError
 from qllama_jax.gguf_file import read_gguf
 from refusals import message_of

@@ -11,15 +11,7 @@ import pytest
 
 import qllama_jax as ql
 from qllama_jax.sampling import sample
-from sampling_calls import (
-    draw,
-    kept_ids,
-    keys_of,
-    logits_of,
-    looking_back,
-    normal,
-    penalized,
-)
+from sampling_calls import draw, kept_ids, keys_of, logits_of, looking_back, normal, penalized
 
 
 @pytest.mark.parametrize(

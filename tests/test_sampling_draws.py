@@ -11,14 +11,7 @@ import pytest
 
 import qllama_jax as ql
 from qllama_jax.sampling import sample
-from sampling_calls import (
-    draw,
-    kept_ids,
-    keys_of,
-    logits_of,
-    looking_back,
-    normal,
-)
+from sampling_calls import draw, kept_ids, keys_of, logits_of, looking_back, normal
 
 #: Chi-square that a correct sampler exceeds once in 10,000 times, by degrees of freedom.
 CHI_SQUARE = {1: 15.14, 2: 18.42, 3: 21.11, 7: 29.88}

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import jax
 import numpy as np
 import pytest
 
 import qllama_jax as ql
 from legacy_files import TYPES, legacy_file
+from load_files import edited
 from meshes import KINDS, SMALL, TOKENS, WIDE, assert_close, device_bytes, logits_of, make_mesh
 from qllama_jax import memory
 from qllama_jax.params import MoEBlock
@@ -153,7 +153,7 @@ def test_a_number_that_is_not_finite_is_refused_in_the_part_where_it_is(tiny_lla
 def test_a_router_of_one_expert_written_as_a_vector_is_taken_on_a_mesh_too(tiny_llama, tmp_path):
     path = tiny_llama("Q4_0", **SMALL, experts=1, experts_used=1)
     name = "blk.0.ffn_gate_inp.weight"
-    flat = with_tensor(path, tmp_path / "a.gguf", name, np.ones(SMALL["embed"], np.float32))
+    flat = edited(path, tmp_path / "a.gguf", tensors={name: np.ones(SMALL["embed"], np.float32)})
     block = ql.load(flat, mesh=make_mesh((1, 8))).params.blk[0]
     assert isinstance(block, MoEBlock)
     assert block.ffn_gate_inp.weight.shape == (1, SMALL["embed"])
@@ -167,7 +167,7 @@ def test_a_tensor_of_another_rank_is_refused_on_a_mesh_as_on_a_device(
     tiny_llama, tmp_path, name, size
 ):
     path = tiny_llama("Q4_0", **SMALL)
-    bad = with_tensor(path, tmp_path / "a.gguf", name, np.ones(size, np.float32))
+    bad = edited(path, tmp_path / "a.gguf", tensors={name: np.ones(size, np.float32)})
     messages = []
     for mesh in (None, make_mesh((1, 8))):
         with pytest.raises(ql.GGUFError) as caught:
@@ -175,25 +175,6 @@ def test_a_tensor_of_another_rank_is_refused_on_a_mesh_as_on_a_device(
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert name in messages[0]
-
-
-def with_tensor(source: Path, out: Path, name: str, values: np.ndarray) -> Path:
-    """A file with one tensor in place of that of its name, or besides all."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, "llama")
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            item = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], item)
-    for tensor in reader.tensors:
-        if tensor.name != name:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 @pytest.mark.parametrize("merged", [True, False])

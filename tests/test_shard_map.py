@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import qllama_jax as ql
 from blocks import blocks_like
+from cpu_weights import multiply, normal, weight
 from meshes import SMALL
+from qllama_jax.attention import STEP_KEY_BLOCK
+from qllama_jax.matmul import matmul_expert
+from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import FORMATS
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -40,8 +45,10 @@ def prompts() -> jax.Array:
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_forward_by_rows(model, mesh, activations: Any):
+    room = 3 * STEP_KEY_BLOCK  # attention goes through it in blocks
+
     def forward(params, tokens):
-        cache = ql.init_cache(model.config, tokens.shape[0], 16)
+        cache = ql.init_cache(model.config, tokens.shape[0], room)
         logits, cache = ql.forward(
             params, tokens, cache, config=model.config, activations=activations
         )
@@ -139,16 +146,61 @@ def test_matmul_where_the_weight_alone_varies(mesh, rows: int, activations: Any)
     w = jax.tree.map(jnp.asarray, FORMATS[QType.Q4_0].from_bytes(raw))
     x = jnp.asarray(rng.standard_normal((rows, 512), dtype=np.float32))
 
-    def multiply(x, w):
+    def product(x, w):
         return ql.matmul(x, w, activations=activations)
 
     by_columns = jax.shard_map(
-        multiply, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(None, "data")
+        product, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(None, "data")
     )
     found = jax.jit(by_columns)(x, w)
-    np.testing.assert_allclose(found, jax.jit(multiply)(x, w), atol=1e-3)
+    np.testing.assert_allclose(found, jax.jit(product)(x, w), atol=1e-3)
+
+    def gradient(of):
+        return jax.jit(jax.grad(lambda x: (of(x, w) ** 2).sum()))(x)
+
+    np.testing.assert_allclose(gradient(by_columns), gradient(product), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["stacked", "separate"])
+def test_an_expert_of_its_own_on_each_device(mesh, kind: str):
+    rng = np.random.default_rng(0)
+    raw = blocks_like(rng.standard_normal((2, 128, 256), dtype=np.float32), QType.Q4_0, rng)
+    stacked = jax.tree.map(jnp.asarray, FORMATS[QType.Q4_0].from_bytes(raw))
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2)]
+    w = stacked if kind == "stacked" else SeparateExperts(tuple(each))
+    x = jnp.asarray(rng.standard_normal((3, 256), dtype=np.float32))
+
+    def of_own(x, w, expert):
+        return matmul_expert(x, w, expert[0])[None]
+
+    in_specs = (P(), P(), P("data"))
+    of_each = jax.shard_map(of_own, mesh=mesh, in_specs=in_specs, out_specs=P("data"))
+
+    def found(x):
+        return of_each(x, w, jnp.arange(2, dtype=jnp.int32))
+
+    def wanted(x):
+        return jnp.stack([ql.matmul(x, one) for one in each])
 
     def gradient(product):
-        return jax.jit(jax.grad(lambda x: (product(x, w) ** 2).sum()))(x)
+        return jax.jit(jax.grad(lambda x: (product(x) ** 2).sum()))(x)
 
-    np.testing.assert_allclose(gradient(by_columns), gradient(multiply), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(jax.jit(found)(x), jax.jit(wanted)(x), atol=1e-4)
+    np.testing.assert_allclose(gradient(found), gradient(wanted), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_matmul_where_the_scales_of_a_packed_weight_alone_vary(mesh, rows: int, activations: Any):
+    w, _ = weight("Q4_0", 256, 512)
+    x = normal(rows, 512)
+    factors = jnp.asarray([1, 2], w.scale.dtype)
+
+    def of_own(x, w, factor):
+        scaled = dataclasses.replace(w, scale=w.scale * factor[0])
+        return ql.matmul(x, scaled, activations=activations)[None]
+
+    of_each = jax.shard_map(of_own, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P("data"))
+    one = multiply(x, w, activations)
+    found = jax.jit(of_each)(jnp.asarray(x), w, factors)
+    np.testing.assert_allclose(found, np.stack([one, 2 * one]), atol=1e-3)
