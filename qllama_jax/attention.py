@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +42,16 @@ def store_and_attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    k_cache: Float[Array, "B K H S"],
-    v_cache: Float[Array, "B K S H"],
+    k_cache: Float[Array, "*L B K H S"],
+    v_cache: Float[Array, "*L B K S H"],
     positions: Int32[Array, "B T"],
     count: Int32[Array, " B"],
-    *,
+    *layer: Int32[Array, ""],
     partitioning: Partitioning | None = None,
 ) -> tuple[Float[Array, "B T N H"], Array, Array]:
     """Write k and v to the cache and attend to it: what q finds, and both buffers.
 
+    The buffers are a layer's, or those of all layers and `layer` the number of the one.
     On a mesh each device does so for its own rows and heads.
     """
     if partitioning is not None:
@@ -61,24 +62,30 @@ def store_and_attend(
         arguments = (q, k, v, k_cache, v_cache, positions, count)
         return partitioning.call(store_and_attend, in_specs, (by_head, buffer, buffer), *arguments)
     start = positions[:, 0]
-    k_cache = write(k_cache, k.transpose(0, 2, 3, 1), start, count, axis=3)
-    v_cache = write(v_cache, v.transpose(0, 2, 1, 3), start, count, axis=2)
-    return attention(q, k_cache, v_cache, positions), k_cache, v_cache
+    k_cache = write(k_cache, k.transpose(0, 2, 3, 1), start, count, *layer, axis=3)
+    v_cache = write(v_cache, v.transpose(0, 2, 1, 3), start, count, *layer, axis=2)
+    return attention(q, k_cache, v_cache, positions, *layer), k_cache, v_cache
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K H S"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "*L B K H S"],
+    v: Float[Array, "*L B K S H"],
     positions: Int32[Array, "B T"],
+    *layer: Int32[Array, ""],
 ) -> Float[Array, "B T N H"]:
     """Compute softmax(q k^T / sqrt(H)) v over the keys at positions up to each query's own.
 
-    The softmax is in float32; kv head n // G serves query head n.
+    The softmax is in float32; kv head n // G serves query head n. k and v are a layer's, or those
+    of all layers and `layer` the number of the one.
     """
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K = k.shape[-3]
     q = (q * np.asarray(H**-0.5, q.dtype)).reshape(B, T, K, N // K, H)
+    if layer:
+        size = STEP_KEY_BLOCK if T == 1 else KEY_BLOCK
+        blocks = {"query_block": QUERY_BLOCK, "key_block": size, "skip_unseen": True}
+        return _in_chunks(q, k, v, positions, *layer, **blocks)
     if T == 1:
         return _one_query(q[:, 0], k, v, positions).reshape(B, T, N, H)
     return _by_platform(
@@ -94,10 +101,10 @@ def attention(
 
 def _in_chunks(
     q: Float[Array, "B T K G H"],
-    k: Float[Array, "B K H S"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "*L B K H S"],
+    v: Float[Array, "*L B K S H"],
     positions: Int32[Array, "B T"],
-    *,
+    *layer: Int32[Array, ""],
     query_block: int,
     key_block: int,
     skip_unseen: bool,
@@ -114,7 +121,7 @@ def _in_chunks(
     positions = positions.reshape(B, chunks, size).swapaxes(0, 1)
 
     def attend(part: tuple[Array, Array]) -> Array:
-        return _in_blocks(part[0], k, v, part[1], key_block, skip_unseen=skip_unseen)
+        return _in_blocks(part[0], k, v, part[1], key_block, skip_unseen=skip_unseen, layer=layer)
 
     out = attend((q[0], positions[0]))[None] if chunks == 1 else lax.map(attend, (q, positions))
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, K * G, H)[:, :T]
@@ -174,19 +181,20 @@ def _at_once(
 
 def _in_blocks(
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K H S"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "*L B K H S"],
+    v: Float[Array, "*L B K S H"],
     positions: Int32[Array, "B T"],
     block_size: int,
     *,
     skip_unseen: bool,
+    layer: tuple[Int32[Array, ""], ...] = (),
 ) -> Float[Array, "B K G T H"]:
     """Attend to a block of keys at a time (Milakov & Gimelshein 2018).
 
     With `skip_unseen` blocks that no query sees are not looked at.
     """
     B, K, G, T, H = q.shape
-    S = v.shape[2]
+    S = v.shape[-2]
     rows = q.reshape(B, K, G * T, H)
     size = min(S, block_size)
     last = positions.max()
@@ -194,8 +202,8 @@ def _in_blocks(
     def add_block(sums: _Sums, block: Int32[Array, ""]) -> _Sums:
         # Where `size` does not divide S, the last block starts earlier and repeats some keys.
         start = jnp.minimum(block * size, S - size)
-        keys = lax.dynamic_slice_in_dim(k, start, size, axis=3).astype(q.dtype)
-        values = lax.dynamic_slice_in_dim(v, start, size, axis=2).astype(q.dtype)
+        keys = _positions(k, layer, start, size, axis=3).astype(q.dtype)
+        values = _positions(v, layer, start, size, axis=2).astype(q.dtype)
         scores = _dot("BKRH,BKHS->BKRS", rows, keys)
         index = start + lax.broadcasted_iota(jnp.int32, (1, 1, size), 2)
         seen = (index <= positions[:, :, None]) & (index >= block * size)
@@ -222,10 +230,29 @@ def _in_blocks(
     blocks = -(-S // size)
     if blocks == 1:
         sums = add_block(sums, jnp.int32(0))
+    elif layer:  # within a loop, where reverse mode does not work anyway
+        seen = jnp.minimum(last // size + 1, blocks)
+        sums = lax.fori_loop(0, seen, lambda i, sums: add_block(sums, i), sums)
     else:
         sums, _ = lax.scan(add_seen_block, sums, jnp.arange(blocks, dtype=jnp.int32))
     total = jnp.where(sums.largest > MASKED, sums.total, np.float32(np.nan))
     return (sums.out / total[..., None]).astype(q.dtype).reshape(q.shape)
+
+
+def _positions(
+    buffer: Float[Array, "*L B K X Y"],
+    layer: tuple[Int32[Array, ""], ...],
+    start: Int32[Array, ""],
+    size: int,
+    *,
+    axis: int,
+) -> Float[Array, "B K X2 Y2"]:
+    """Return some positions, which lie along `axis`, out of a layer's keys or values."""
+    shape = list(buffer.shape[-4:])
+    where: list[Any] = [np.int32(0)] * 4
+    shape[axis], where[axis] = size, start
+    found = lax.dynamic_slice(buffer, (*layer, *where), (*(1 for _ in layer), *shape))
+    return found.reshape(shape)
 
 
 class _Sums(NamedTuple):

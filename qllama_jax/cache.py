@@ -36,19 +36,28 @@ class KVCache:
     range, and every logit computed with it is NaN until the row is set back to a valid length.
     """
 
-    k: tuple[Leaf, ...]  # a layer: float[B, K, H, S]
-    v: tuple[Leaf, ...]  # a layer: float[B, K, S, H]
+    k: tuple[Leaf, ...] | Leaf  # a layer: float[B, K, H, S]; stacked: float[L, B, K, H, S]
+    v: tuple[Leaf, ...] | Leaf  # a layer: float[B, K, S, H]; stacked: float[L, B, K, S, H]
     lengths: Leaf  # int32[B]: filled positions a row
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether all layers lie in one array, as `StackedBlocks` want them."""
+        return not isinstance(self.k, tuple)
 
     @property
     def max_length(self) -> int:
         """S, the positions that a row has room for."""
-        return self.v[0].shape[2]
+        return self._layer.shape[-1]
 
     @property
     def batch_size(self) -> int:
         """B, the number of rows."""
-        return self.k[0].shape[0]
+        return self._layer.shape[-4]
+
+    @property
+    def _layer(self) -> Any:
+        return self.k[0] if isinstance(self.k, tuple) else self.k
 
 
 def init_cache(
@@ -57,8 +66,12 @@ def init_cache(
     max_length: int = 512,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | Partitioning | None = None,
+    *,
+    stacked: bool = False,
 ) -> KVCache:
     """Return an empty cache, 2 * layers * B * K * S * H numbers.
+
+    With `stacked`, and no mesh, all layers lie in one array, as `StackedBlocks` want them.
 
     On a mesh, that which the weights were loaded to (`model.params.partitioning` where they were
     with rules of their own), it is cut by kv heads and by rows; where the heads do not divide, by
@@ -85,9 +98,15 @@ def init_cache(
     a_position = cache_bytes(config, B, 1, dtype.itemsize, partitioning)
     what = f"init_cache: batch_size={B}, max_length={S}"
     _check_fits(what, lengths, a_position, S)
+    shapes = (B, K, H, S), (B, K, S, H)
+    if stacked and partitioning is not None:
+        raise ValueError("init_cache: stacked, but on a mesh each layer has its own arrays")
+    if stacked:
+        k, v = (jnp.zeros((config.num_layers, *shape), dtype) for shape in shapes)
+        return KVCache(k=k, v=v, lengths=lengths)
     # On a mesh a program would have to suit a surrounding `jax.set_mesh` too.
     zeros = _zeros if over is not None else _zeros_at_once
-    k, v = zeros(((B, K, H, S), (B, K, S, H)), config.num_layers, dtype, over)
+    k, v = zeros(shapes, config.num_layers, dtype, over)
     return KVCache(k=k, v=v, lengths=lengths)
 
 
@@ -115,13 +134,19 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     more = max_length - cache.max_length
     if more < 0:
         raise ValueError(f"resize_cache: max_length={max_length} < {cache.max_length}")
-    a_position = sum(map(_device_nbytes, (*cache.k, *cache.v))) // cache.max_length
-    _check_fits(f"resize_cache: max_length={max_length}", cache.k[0], a_position, max_length)
-    poisoned = cache.lengths > cache.max_length
+    buffers = jax.tree.leaves((cache.k, cache.v))
+    a_position = sum(map(_device_nbytes, buffers)) // cache.max_length
+    _check_fits(f"resize_cache: max_length={max_length}", buffers[0], a_position, max_length)
+
+    def longer(buffer: Any, axis: int) -> Array:
+        padding = [(0, 0)] * buffer.ndim
+        padding[axis] = (0, more)
+        return jnp.pad(buffer, padding)
+
     return KVCache(
-        k=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, more))) for k in cache.k),
-        v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, more), (0, 0))) for v in cache.v),
-        lengths=jnp.where(poisoned, max_length + 1, cache.lengths),
+        k=jax.tree.map(lambda k: longer(k, -1), cache.k),
+        v=jax.tree.map(lambda v: longer(v, -2), cache.v),
+        lengths=jnp.where(cache.lengths > cache.max_length, max_length + 1, cache.lengths),
     )
 
 
@@ -154,25 +179,31 @@ def _check_positions(max_length: int) -> None:
 
 
 def write(
-    buffer: Float[Array, "B K X Y"],
+    buffer: Float[Array, "*L B K X Y"],
     new: Float[Array, "B K X2 Y2"],
     start: Int32[Array, " B"],
     count: Int32[Array, " B"],
-    *,
+    *layer: Int32[Array, ""],
     axis: int,
-) -> Float[Array, "B K X Y"]:
+) -> Float[Array, "*L B K X Y"]:
     """Write new[b, :, :count[b]] at position start[b] of each row (positions lie along `axis`).
+
+    The buffer is a layer's, or those of all layers and `layer` the number of the one.
 
     Nothing else changes: columns of `new` past count[b] are padding and are never stored, and there
     may be more of them than the row has room for. Needs start[b] + count[b] <= S. Rows are written
     one by one: a vmapped dynamic_update_slice would become a scatter, which copies.
     """
-    return _write_rows(buffer, new, start, count, axis=axis)
+    return _write_rows(buffer, new, start, count, *layer, axis=axis % 4 - 4)
 
 
-def _one_by_one(buffer: Array, new: Array, start: Array, count: Array, *, axis: int) -> Array:
-    for b in range(buffer.shape[0]):
-        buffer = _write_row(buffer, new[b : b + 1], b, start[b], count[b], axis)
+def _one_by_one(
+    buffer: Array, new: Array, start: Array, count: Array, *layer: Array, axis: int
+) -> Array:
+    new = new.reshape((1,) * len(layer) + new.shape)
+    for b in range(start.size):
+        row = lax.slice_in_dim(new, b, b + 1, axis=-4)
+        buffer = _write_row(buffer, row, (*layer, np.int32(b)), start[b], count[b], axis)
     return buffer
 
 
@@ -181,7 +212,9 @@ def _one_by_one(buffer: Array, new: Array, start: Array, count: Array, *, axis: 
 _write_rows = apart_on_a_cpu(_one_by_one, static_argnames=("axis",))
 
 
-def _write_row(buffer: Array, new: Array, row: int, start: Array, count: Array, axis: int) -> Array:
+def _write_row(
+    buffer: Array, new: Array, row: tuple, start: Array, count: Array, axis: int
+) -> Array:
     S = buffer.shape[axis]
     T = min(new.shape[axis], S)
     new = lax.slice_in_dim(new, 0, T, axis=axis)  # what lies past S is padding
@@ -189,11 +222,11 @@ def _write_row(buffer: Array, new: Array, row: int, start: Array, count: Array, 
     # and shift the contents back by as much.
     at = jnp.minimum(start, S - T)
     shift = start - at
-    where: list[Any] = [np.int32(0)] * buffer.ndim
-    where[0], where[axis] = np.int32(row), at
+    where: list[Any] = [*row, *[np.int32(0)] * 3]
+    where[axis] = at
     old = lax.dynamic_slice(buffer, where, new.shape)
-    index = lax.broadcasted_iota(jnp.int32, new.shape, axis) - shift
-    fresh: Bool[Array, "1 K X Z"] = (index >= 0) & (index < count)
+    index = lax.broadcasted_iota(jnp.int32, new.shape, new.ndim + axis) - shift
+    fresh: Bool[Array, "*1 K X Z"] = (index >= 0) & (index < count)
     if T > 1:
         new = jnp.roll(new, shift, axis)
     return lax.dynamic_update_slice(buffer, jnp.where(fresh, new.astype(buffer.dtype), old), where)

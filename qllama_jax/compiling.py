@@ -37,6 +37,7 @@ def compile_ahead(programs: Iterable[Program]) -> None:
     no signal; the one that waits here does. After a KeyboardInterrupt the compilations go on unseen
     to their end, and are there for the next call.
     """
+    _give_memory_back()  # of what was computed before: what a compiler takes comes on top of it
     for done in [_start(program) for program in programs]:
         while not done.wait(0.1):  # Windows interrupts no wait: there Ctrl-C is heard after it
             pass

@@ -18,7 +18,7 @@ from qllama_jax.decoding import Finish, decode_many, prefill, start_decoding
 from qllama_jax.decoding_arguments import row_keys, stop_ids
 from qllama_jax.errors import ContextOverflowError
 from qllama_jax.matmul import Activations
-from qllama_jax.params import Params
+from qllama_jax.params import Params, StackedBlocks
 from qllama_jax.penalties import PENALTY_WINDOW, recent_tokens
 from qllama_jax.quants import Leaf
 from qllama_jax.sampling import Sampling
@@ -105,7 +105,8 @@ def generate_tokens(
         )
     stop_tokens = stop_ids(stop_tokens, config.vocab_size)
     if cache is None:
-        cache = init_cache(config, B, T + max_new_tokens, dtype, mesh=params.partitioning)
+        stacked, mesh = isinstance(params.blk, StackedBlocks), params.partitioning
+        cache = init_cache(config, B, T + max_new_tokens, dtype, mesh=mesh, stacked=stacked)
     if T + max_new_tokens > cache.max_length:
         raise ContextOverflowError(
             f"prompt of {T} + {max_new_tokens} new tokens: the cache has {cache.max_length}"

@@ -29,14 +29,14 @@ from qllama_jax.transformer_block import Entry, run_block
 _enter = jax.jit(enter, static_argnames=("config", "max_length", "dtype"))
 
 
-def _run_layer(block: Any, x: Array, k: Array, v: Array, entry: Entry, **static: Any) -> Any:
-    x, k, v, _ = run_block(block, x, k, v, entry, **static)
+def _run_layer(
+    block: Any, x: Array, k: Array, v: Array, entry: Entry, *layer: Array, **static: Any
+) -> Any:
+    x, k, v, _ = run_block(block, x, k, v, entry, *layer, **static)
     return x, k, v
 
 
-_layer = jax.jit(
-    _run_layer, static_argnames=("config", "activations"), donate_argnames=("x", "k", "v")
-)
+_layer = jax.jit(_run_layer, static_argnames=("config", "activations"), donate_argnames=("k", "v"))
 
 
 def _leave(params: Params, x: Array, entry: Entry, lengths: Array, **static: Any) -> Array:
@@ -66,10 +66,14 @@ def programs(
     )
     x, entry = _enter.eval_shape(*entering.arguments, **entering.static)
     kinds: dict[Any, Program] = {}
-    for block, k, v in zip(params.blk, cache.k, cache.v, strict=True):
+    for i, block in enumerate(params.blk):
         leaves, structure = jax.tree.flatten(block)
         kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        kinds.setdefault(kind, Program(_layer, (block, x, k, v, entry), static))
+        if cache.is_stacked:
+            arguments = (block, x, cache.k, cache.v, entry, np.int32(i))
+        else:
+            arguments = (block, x, cache.k[i], cache.v[i], entry)
+        kinds.setdefault(kind, Program(_layer, arguments, static))
     yield from kinds.values()
     yield Program(_logits, (ends, x, entry, lengths), static)
     yield entering
@@ -95,13 +99,20 @@ def prefill(
     x, entry = _enter(
         ends, tokens, cache.lengths, lengths, config=config, max_length=room, dtype=dtype
     )
-    keys, values = [], []
-    for block, k, v in zip(params.blk, cache.k, cache.v, strict=True):
-        x, k, v = _layer(block, x, k, v, entry, config=config, activations=activations)
+    static = {"config": config, "activations": activations}
+    keys, values = cache.k, cache.v
+    if not cache.is_stacked:
+        keys, values = list(keys), list(values)
+    for i, block in enumerate(params.blk):
+        before = x
+        if cache.is_stacked:
+            x, keys, values = _layer(block, x, keys, values, entry, np.int32(i), **static)
+        else:
+            x, keys[i], values[i] = _layer(block, x, keys[i], values[i], entry, **static)
         # What is queued cannot be called back, and without this all layers would be. One waits
         # while another runs: to have none wait costs a short prompt a tenth of its time.
-        jax.block_until_ready(keys[-1:])
-        keys.append(k)
-        values.append(v)
-    logits = _logits(ends, x, entry, lengths, config=config, activations=activations)
-    return logits, KVCache(k=tuple(keys), v=tuple(values), lengths=entry.lengths)
+        jax.block_until_ready(before)
+    logits = _logits(ends, x, entry, lengths, **static)
+    if not cache.is_stacked:
+        keys, values = tuple(keys), tuple(values)
+    return logits, KVCache(k=keys, v=values, lengths=entry.lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -17,11 +17,12 @@ from qllama_jax.config import ModelConfig
 from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.metadata import Metadata
 from qllama_jax.model_file import read_model_file
-from qllama_jax.params import Params
+from qllama_jax.params import Params, StackedBlocks
 from qllama_jax.read_params import read_params
 from qllama_jax.shard_plan import ShardPlan, Uneven, plan_shards
 from qllama_jax.shard_reader import ShardReader
 from qllama_jax.sharding import Partitioning, Rules
+from qllama_jax.stacking import stack_blocks
 from qllama_jax.tensor_file import GGUFFile
 from qllama_jax.tensor_reader import Layout, Progress, TensorReader
 from qllama_jax.tokenizer import Tokenizer
@@ -38,6 +39,19 @@ class Model:
     metadata: Metadata
     path: Path
     chat_template: str | None = None
+    # The blocks of `params` and the same in stacks. Of other params there are none.
+    stacked: tuple[tuple, StackedBlocks] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.stacked is not None and self.stacked[0] is not self.params.blk:
+            object.__setattr__(self, "stacked", None)
+
+    @property
+    def looped_params(self) -> Params | None:
+        """`params` with `StackedBlocks`, the same memory; None where blocks have no stacks."""
+        if self.stacked is None:
+            return None
+        return dataclasses.replace(self.params, blk=self.stacked[1])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -137,13 +151,17 @@ def load(
     config = ModelConfig.from_metadata(file.metadata, vocab_size=rows)
     if mesh is None:
         _check_fits(file, config, layout)
-        params = read_params(TensorReader(file, check_tensors, progress, layout), config)
+        reader = TensorReader(file, check_tensors, progress, layout)
+        params = read_params(reader, config)
+        assert isinstance(params.blk, tuple)
+        blocks = stack_blocks(params.blk, reader.stacks())
+        stacked = None if blocks is None else (params.blk, blocks)
     else:
         plan = plan_shards(file, config, Partitioning.of(mesh, rules), uneven)
         _check_fits(file, config, layout, plan)
         params = read_params(ShardReader(file, check_tensors, progress, plan), config)
-        params = dataclasses.replace(params, partitioning=plan.partitioning)
-    return Model(params, config, file.metadata, file.path, chat_template)
+        params, stacked = dataclasses.replace(params, partitioning=plan.partitioning), None
+    return Model(params, config, file.metadata, file.path, chat_template, stacked)
 
 
 def _check_fits(

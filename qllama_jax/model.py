@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -19,7 +21,8 @@ from qllama_jax.cache import KVCache
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import rms_norm
 from qllama_jax.matmul import Activations, check_activations, matmul
-from qllama_jax.params import Linear, Params
+from qllama_jax.moe import Routing
+from qllama_jax.params import Linear, Params, StackedBlocks
 from qllama_jax.rope import rope_cos_sin
 from qllama_jax.transformer_block import (
     BLOCK_SITES,
@@ -117,7 +120,7 @@ def hidden_states(
     if inputs_embeds is None and tokens is None:
         raise ValueError("hidden_states: neither tokens nor inputs_embeds")
     B, T = (tokens if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
-    _check_shapes(config, cache, B, T, lengths, inputs_embeds)
+    _check_shapes(config, params, cache, B, T, lengths, inputs_embeds)
     counts = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
     x, entry = enter(
         params,
@@ -130,6 +133,16 @@ def hidden_states(
         dtype=dtype,
     )
     aux: dict[str, Array] = {}
+    if isinstance(params.blk, StackedBlocks):
+        if tap is not None or capture:
+            raise ValueError("hidden_states: tap and capture want blocks each, not in stacks")
+        (x, k, v), routing = _loop_over(
+            params.blk, x, cache, entry, config=config, activations=activations
+        )
+        if routing is not None:
+            for i in range(config.num_layers):
+                aux |= _aux(i, jax.tree.map(lambda of_layers, i=i: of_layers[i], routing))
+        return leave(x, entry), KVCache(k=k, v=v, lengths=entry.lengths), aux
     keys, values = [], []
     for i, block in enumerate(params.blk):
         arguments = (block, x, cache.k[i], cache.v[i], entry)
@@ -143,10 +156,28 @@ def hidden_states(
         keys.append(k)
         values.append(v)
         if routing is not None:
-            aux[f"blk.{i}.experts"] = routing.experts
-            aux[f"blk.{i}.expert_weights"] = routing.weights
+            aux |= _aux(i, routing)
     cache = KVCache(k=tuple(keys), v=tuple(values), lengths=entry.lengths)
     return leave(x, entry), cache, aux
+
+
+def _loop_over(
+    blocks: StackedBlocks, x: Float[Array, "B T D"], cache: KVCache, entry: Entry, **static: Any
+) -> tuple[tuple[Array, Array, Array], Routing | None]:
+    """Run the blocks as a loop; return x, the cache's arrays and what routers chose, `[L, ...]`."""
+
+    def step(carry: tuple[Any, Any, Any], layer: Array) -> tuple[tuple, Routing | None]:
+        x, k, v, routing = run_block(blocks[layer], *carry, entry, layer, **static)
+        return (x, k, v), routing
+
+    return lax.scan(step, (x, cache.k, cache.v), jnp.arange(len(blocks), dtype=jnp.int32))
+
+
+def _aux(layer: int, routing: Routing) -> dict[str, Array]:
+    return {
+        f"blk.{layer}.experts": routing.experts,
+        f"blk.{layer}.expert_weights": routing.weights,
+    }
 
 
 def enter(
@@ -244,6 +275,7 @@ def _check_sites(config: ModelConfig, capture: Sequence[str]) -> None:
 
 def _check_shapes(
     config: ModelConfig,
+    params: Params,
     cache: KVCache,
     B: int,
     T: int,
@@ -257,11 +289,14 @@ def _check_shapes(
     if inputs_embeds is not None and inputs_embeds.shape[2:] != (config.embed_dim,):
         wanted = (B, T, config.embed_dim)
         raise ValueError(f"inputs_embeds of shape {inputs_embeds.shape}, wanted {wanted}")
+    if cache.is_stacked != isinstance(params.blk, StackedBlocks):
+        found, wanted = ("one array", "one each") if cache.is_stacked else ("one each", "one array")
+        raise ValueError(f"the layers' cache is {found}, wanted {wanted}, as params.blk is")
     layer = (B, config.num_kv_heads, config.head_dim, cache.max_length)
-    if len(cache.k) != config.num_layers or cache.k[0].shape != layer:
+    if len(cache.k) != config.num_layers or jax.tree.leaves(cache.k)[0].shape[-4:] != layer:
         raise ValueError(
             f"{B} rows of tokens need a cache of {config.num_layers} layers of {layer}, found"
-            f" {len(cache.k)} of {cache.k[0].shape}"
+            f" {len(cache.k)} of {jax.tree.leaves(cache.k)[0].shape[-4:]}"
         )
     # Rows padded beyond the cache's end are fine where their lengths say that the rest fits.
     if lengths is None and cache.max_length < T:

@@ -7,8 +7,15 @@ not in the file is `rope`, a few hundred bytes derived at load.
 
 from __future__ import annotations
 
-from flax import struct
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Int32
+
+from qllama_jax.matmul.stacks import WeightStack
 from qllama_jax.quants import Leaf
 from qllama_jax.rope import RopeFrequencies
 from qllama_jax.sharding import Partitioning
@@ -57,14 +64,42 @@ class MoEBlock:
 
 
 @struct.dataclass
+class StackedBlocks:
+    """L blocks for a loop over layers: the weights are stacks, others `[L, ...]`.
+
+    XLA's time to compile and the memory that it keeps grow with the layers of a module.
+    """
+
+    block: DenseBlock | MoEBlock  # of `WeightStack`s and arrays
+
+    def __len__(self) -> int:
+        """L, the number of layers."""
+        return self.block.attn_norm.weight.shape[0]
+
+    def __getitem__(self, layer: int | Int32[Array, ""]) -> DenseBlock | MoEBlock:
+        """Return the block of a layer, 0..L-1, which may be traced; nothing is copied."""
+        if isinstance(layer, int) and not 0 <= layer < len(self):
+            raise IndexError(f"layer {layer} of {len(self)}")
+        layer = jnp.asarray(layer, jnp.int32)
+
+        def pick(leaf: WeightStack | Array) -> Any:
+            if isinstance(leaf, WeightStack):
+                return leaf.at(layer)
+            return lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+        return jax.tree.map(pick, self.block, is_leaf=lambda leaf: isinstance(leaf, WeightStack))
+
+
+@struct.dataclass
 class Params:
     """All weights. `output` is None where the file ties it to `token_embd`, which is kept once.
 
+    `blk` is `StackedBlocks` where layers shall be worked on by a loop: see `Model.looped_params`.
     `partitioning`, static, says how they lie on a mesh; None on one device.
     """
 
     token_embd: Linear
-    blk: tuple[DenseBlock | MoEBlock, ...]
+    blk: tuple[DenseBlock | MoEBlock, ...] | StackedBlocks
     output_norm: Linear
     output: Linear | None
     rope: RopeFrequencies

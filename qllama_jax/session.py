@@ -24,7 +24,7 @@ from qllama_jax.compiling import Program, compile_once
 from qllama_jax.decoding import Chosen, DecodeState, Finish
 from qllama_jax.errors import NumericalError
 from qllama_jax.load import Model
-from qllama_jax.matmul import Activations, check_activations
+from qllama_jax.matmul import Activations, check_activations, cpu
 from qllama_jax.memory import SMALLEST_CACHE
 from qllama_jax.model import check_dtype
 from qllama_jax.sampling import Sampling
@@ -126,6 +126,14 @@ class Session:
         self._progress = progress
         self._stopped: set[int] = set()
         partitioning = model.params.partitioning
+        # A loop over layers decodes as fast as a program of them all, and takes XLA a fraction of
+        # the time and memory, where the weights are in stacks and kernels take them in one piece.
+        looped = model.looped_params
+        rows = len(prompts) * (2 if activations == "int8x2" else 1)
+        if looped is not None and (activations == "float" or rows > cpu.MOST_ROWS_OF_STACKS):
+            looped = None
+        self._params = model.params if looped is None else looped
+        self._stacked = looped is not None
         self._on_hosts = partitioning is not None and partitioning.spans_processes
 
     def stop(self, row: int) -> None:
@@ -168,7 +176,7 @@ class Session:
                 state = dataclasses.replace(state, finish=stopped)
             room = state.cache.max_length - filled
             limit = min(steps, room, self.max_new_tokens - done)
-            arguments = self.model.params, state, self.sampling, self.stop_tokens, np.int32(limit)
+            arguments = self._params, state, self.sampling, self.stop_tokens, np.int32(limit)
             loop = Program(_decode, arguments, static)
             kind = ("decode", self._shapes(), state.cache.max_length, *static.values())
             compile_once(self.model, kind, lambda loop=loop: [loop])
@@ -191,7 +199,8 @@ class Session:
         longest = int(lengths.max())
         width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
         mesh = self.model.params.partitioning
-        cache = init_cache(self.model.config, len(self.prompts), width, self.dtype, mesh=mesh)
+        rows, stacked = len(self.prompts), self._stacked
+        cache = init_cache(self.model.config, rows, width, self.dtype, mesh=mesh, stacked=stacked)
         last_room = power_of_two(-(-longest // width) * width, width)
         total, logits = int(lengths.sum()), None
         progress = self._progress if longest > width else None
@@ -231,7 +240,9 @@ class Session:
             # traced.
             B, _ = tokens.shape
             logits = jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32)
-            filled = jax.eval_shape(lambda: init_cache(config, B, last_room, self.dtype))
+            filled = jax.eval_shape(
+                lambda: init_cache(config, B, last_room, self.dtype, stacked=self._stacked)
+            )
             start = logits, filled, self.recent, self.keys, self.sampling, self.stop_tokens
             yield Program(_start, start, {"top_logprobs": self.top_logprobs})
             yield from layerwise.programs(*arguments, **static)

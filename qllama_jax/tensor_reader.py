@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.matmul import cpu
 from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import F32, FORMATS, Block, Leaf
-from qllama_jax.tensor_file import GGUFFile, GGUFTensor, TensorRows
+from qllama_jax.stacking import Stacked
+from qllama_jax.tensor_file import DATA_ALIGNMENT, GGUFFile, GGUFTensor, TensorRows
 
 Progress = Callable[[int, int], None]
 Layout = Literal["auto", "file"]
@@ -36,6 +38,7 @@ class TensorReader:
         self._for_cpu = layout == "auto" and jax.default_backend() == "cpu"
         self._bytes_total = sum(tensor.nbytes for tensor in file.tensors.values())
         self._bytes_done = 0
+        self._rooms: dict[tuple[str, str], Stacked] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has a tensor of that name that was not taken yet."""
@@ -44,7 +47,7 @@ class TensorReader:
     def matrix(self, name: str, shape: tuple[int, ...]) -> Leaf:
         """Weights `[*, out, in]` on the device: packed, or a plain array where they are F32."""
         with self._take(name, shape) as rows:
-            return self._leaf(rows, shape)
+            return self._leaf(rows, shape, name)
 
     def table(self, name: str, shape: tuple[int, int]) -> Leaf:
         """Weights `[rows, in]` that nothing is multiplied with; only rows are looked up."""
@@ -81,15 +84,64 @@ class TensorReader:
         """As `vector`, None where the file has none."""
         return self.vector(name, size) if name in self else None
 
-    def _leaf(self, rows: CheckedRows, shape: tuple[int, ...]) -> Leaf:
-        """Place weights in the arrangement from which this backend multiplies fastest."""
+    def stacks(self) -> dict[str, list[Stacked]]:
+        """Return, by their name within a block, the weights of layers that lie one after another.
+
+        To be asked for after all weights have been taken. They share the memory of those.
+        """
+        found: dict[str, list[Stacked]] = {}
+        for (name, _), room in self._rooms.items():
+            found.setdefault(name, []).append(room._replace(weights=place(room.weights)))
+        return found
+
+    def _leaf(self, rows: CheckedRows, shape: tuple[int, ...], name: str = "") -> Leaf:
+        """Place weights in the arrangement from which this backend multiplies fastest.
+
+        Those of a block, which their name tells, beside other layers' of the name and format.
+        """
         *experts, out, width = shape
         if not self._packs(rows.block, width):
             return self._blocks(rows, shape)
-        if experts:
-            parts = [rows.part(e * out, (e + 1) * out) for e in range(*experts)]
-            return SeparateExperts(tuple(self._leaf(part, (out, width)) for part in parts))
-        return place(cpu.pack(rows.block.qtype.name, rows))
+        format = rows.block.qtype.name
+        parts = [rows.part(first, first + out) for first in range(0, rows.shape[0], out)]
+        rooms = self._rooms_of(rows, name, parts)
+        leaves = tuple(
+            place(cpu.pack(format, part, room)) for part, room in zip(parts, rooms, strict=True)
+        )
+        return SeparateExperts(leaves) if experts else leaves[0]
+
+    def _rooms_of(
+        self,
+        rows: CheckedRows,
+        name: str,
+        parts: list[CheckedRows],
+    ) -> list[cpu.CPUWeight | None]:
+        """Return memory in a stack for the parts of a layer's tensor, None where there is none."""
+        none: list[cpu.CPUWeight | None] = [None] * len(parts)
+        tensor, found = rows.rows.tensor, _OF_A_BLOCK.fullmatch(name)
+        if found is None:
+            return none
+        layer, name, format = int(found[1]), found[2], rows.block.qtype.name
+        stack = self._rooms.get((name, format))
+        if stack is None:
+            alike = [
+                other
+                for other in self.file.tensors.values()
+                if (match := _OF_A_BLOCK.fullmatch(other.name)) and match[2] == name
+                if other.qtype == tensor.qtype and other.shape == tensor.shape
+            ]
+            weights = cpu.room_for(format, *parts[0].shape, len(alike) * len(parts))
+            # Else JAX would copy it.
+            if any(leaf[0].nbytes % DATA_ALIGNMENT for leaf in jax.tree.leaves(weights)):
+                return none
+            experts = None if len(tensor.shape) == 2 else len(parts)
+            stack = self._rooms[name, format] = Stacked(weights, [], experts)
+        first = len(stack.layers) * len(parts)
+        stack.layers.append(layer)
+        return [
+            jax.tree.map(lambda leaf, at=at: leaf[at], stack.weights)
+            for at in range(first, first + len(parts))
+        ]
 
     def _blocks(self, rows: CheckedRows, shape: tuple[int, ...]) -> Leaf:
         """Place weights in the blocks of the file."""
@@ -139,6 +191,9 @@ class TensorReader:
                 f"{self.file.path}: {len(self._left)} tensors that no part of the architecture"
                 f" 'llama' uses: {names}"
             )
+
+
+_OF_A_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)

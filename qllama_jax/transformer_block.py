@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from qllama_jax.attention import store_and_attend
 from qllama_jax.calls import apart_on_a_cpu
@@ -41,10 +41,10 @@ class Entry(NamedTuple):
 def run_block(
     block: DenseBlock | MoEBlock,
     x: Float[Array, "B T D"],
-    k_cache: Float[Array, "B K H S"],
-    v_cache: Float[Array, "B K S H"],
+    k_cache: Float[Array, "*L B K H S"],
+    v_cache: Float[Array, "*L B K S H"],
     entry: Entry,
-    *,
+    *layer: Int32[Array, ""],
     config: ModelConfig,
     activations: Activations,
     probe: Tap = lambda _, x: x,
@@ -53,6 +53,7 @@ def run_block(
 
     Stores keys and values of the first entry.counts[b] tokens of row b at entry.positions[b, 0]
     onwards and returns the new residual stream, both buffers, and what a router chose.
+    The buffers are the block's own, or those of all layers and `layer` its number.
     `probe(site, x) -> x` sees every named activation.
     """
     B, T, _ = x.shape
@@ -67,7 +68,7 @@ def run_block(
         with jax.named_scope("rope"):
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         y, k_cache, v_cache = store_and_attend(
-            q, k, v, k_cache, v_cache, positions, count, partitioning=entry.partitioning
+            q, k, v, k_cache, v_cache, positions, count, *layer, partitioning=entry.partitioning
         )
         y = y.reshape(B, T, N * H)
         x = probe("mid", x + probe("attn_out", linear(y, block.attn_output, activations)))

@@ -6,9 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
-from qllama_jax.matmul import Activations, register, xla
+from qllama_jax.matmul import Activations, matmul, register, register_expert, xla
 from qllama_jax.matmul.cpu import (
     bfloat16_kernel,
     float_kernel,
@@ -18,10 +18,14 @@ from qllama_jax.matmul.cpu import (
     tiles,
 )
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
-from qllama_jax.matmul.cpu.pack import can_pack, pack
+from qllama_jax.matmul.cpu.pack import can_pack, pack, room_for
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
-__all__ = ["LAYOUTS", "CPUWeight", "can_pack", "pack"]
+__all__ = ["LAYOUTS", "CPUWeight", "can_pack", "pack", "room_for"]
+
+# Rows of x, and of residuals, with which kernels read a weight of a stack where it lies; for more
+# it is copied.
+MOST_ROWS_OF_STACKS = int8_kernel.WHOLE_ROWS
 
 
 @register
@@ -45,6 +49,13 @@ def _(w: CPUWeight, x: Float[Array, "*batch in"], activations: Activations) -> A
     else:
         y = _rounded(rows, w, activations == "int8x2")
     return y.reshape(*batch, w.out)
+
+
+@register_expert
+def _(
+    w: CPUWeight, x: Float[Array, "*batch in"], expert: Int32[Array, ""], activations: Activations
+) -> Array:
+    return matmul(x, w.one_of_stack(expert), activations=activations)
 
 
 def _is_faster_in_bfloat16(rows: int, w: CPUWeight) -> bool:

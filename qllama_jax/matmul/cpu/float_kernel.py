@@ -11,37 +11,35 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from qllama_jax.matmul.cpu.fence import fence_for
-from qllama_jax.matmul.cpu.layouts import GROUP
+from qllama_jax.matmul.cpu.layouts import GROUP, groups_of_a_float_sum
 from qllama_jax.matmul.cpu.weight import CPUWeight, as_float
 
 MOST_ROWS = 12
 # Sums that run side by side: in a single one each addition waits for the one before it.
 CHAINS = 4
-# Groups that are summed before they are stored.
-MOST_GROUPS = 2
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight) -> Float32[Array, "B out"]:
     """Compute x @ w.dequantize().T."""
     B, _ = x.shape
     fence = fence_for(x)
-    G = w.words.shape[0]
-    count = max(n for n in range(1, MOST_GROUPS + 1) if G % n == 0)
+    *stack, G, tiles, _, lanes = w.words.shape
+    count = groups_of_a_float_sum(G)
 
     def split(leaf: Array) -> Array:
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
     # Each number is taken out of the whole in one step: XLA copies what many slices are taken of.
-    words = split(w.words)
+    words = w.words.reshape(*stack, G // count, count, tiles, GROUP, lanes)
     columns = split(fence(x.astype(jnp.float32).reshape(B, G, GROUP).swapaxes(0, 1)))
     y = np.float32(0)
     for i in range(count):
         chains: list[Array | np.float32] = [np.float32(0)] * CHAINS
         for j in range(GROUP):
-            numbers = as_float(words[:, i, :, None, j])
+            numbers = as_float(w.take(words[..., i, :, j, :])[:, :, None])
             chains[j % CHAINS] += numbers * columns[:, i, None, :, j, None]
         total = sum(chains[1:], chains[0])
         if w.scale is not None:
-            total = total * split(w.scale)[:, i, :, None, 0].astype(jnp.float32)
+            total = total * split(w.take(w.scale))[:, i, :, None, 0].astype(jnp.float32)
         y = y + total
     return fence(y).sum(0).transpose(1, 0, 2).reshape(B, w.padded)[:, : w.out]

@@ -174,15 +174,14 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
 
     Returns [G, P, tiles, lanes] or, for axis = 2, [G / streams, tiles, streams, P, lanes].
     """
-    G, tiles, n, lanes = w.words.shape
+    *_, G, tiles, _, lanes = w.words.shape
     _, rows, fields = x.factors.shape
-    all_words, factors, total = w.words, x.factors, x.total
+    factors, total, S = x.factors, x.total, 1
     if axis == 1:
         shape, of_words, of_rows = (G, rows, tiles, lanes), (0, 2, 3, 4), (0, 1)
     else:
         S = _streams(G, rows)
         shape, of_words, of_rows = (G // S, tiles, S, rows, lanes), (0, 1, 2, 4, 5), (0, 2, 3)
-        all_words = all_words.reshape(S, G // S, tiles, n, lanes).transpose(1, 2, 0, 3, 4)
         factors = factors.reshape(S, G // S, rows, fields).swapaxes(0, 1)
         total = total.reshape(S, G // S, rows).swapaxes(0, 1)
     # Takes the integers' middle out.
@@ -193,7 +192,10 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
         # Words that are alike are one operand, and XLA unrolls the sum over them: the same code as
         # of an operation a field, out of 44 instructions instead of 210 (Q4_0). XLA's passes over a
         # module of many layers take most of the time that it needs to compile.
-        operand = lax.slice_in_dim(all_words, words.start, words.stop, words.step, axis=-2)
+        operand = lax.slice_in_dim(w.words, words.start, words.stop, words.step, axis=-2)
+        operand = w.take(operand)
+        if axis == 2:
+            operand = operand.reshape(S, G // S, *operand.shape[1:]).transpose(1, 2, 0, 3, 4)
         wide = (*shape[:-1], len(words), lanes)
         word_axis = len(wide) - 2
         operand = lax.broadcast_in_dim(operand, wide, of_words)
@@ -218,7 +220,7 @@ def _scaled_sums(
     G, B = x.step.shape
     rows = sums.shape[axis]
     layout = w.layout
-    sums_of_weight, tiles, count, lanes = w.scale.shape
+    *_, sums_of_weight, tiles, count, lanes = w.scale.shape
     if rows > 1:
         more = range(1, MOST_GROUPS // count + 1)
         count *= max(n for n in more if sums_of_weight % n == 0)
@@ -227,14 +229,14 @@ def _scaled_sums(
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
     def of_weight(leaf: Array) -> Array:
-        leaf = leaf.swapaxes(1, 2).reshape(G // count, count, tiles, lanes)
+        leaf = w.take(leaf).swapaxes(1, 2).reshape(G // count, count, tiles, lanes)
         return jnp.expand_dims(leaf, axis + 1).astype(jnp.float32)
 
     def of_rows(leaf: Array) -> Array:
         return jnp.expand_dims(split(leaf), (4 - axis, 4))
 
     def of_super_block(leaf: Array) -> Array:
-        leaf = jnp.repeat(leaf, G // count // len(leaf), axis=0)
+        leaf = w.take(leaf, G // count // leaf.shape[-3])
         return jnp.expand_dims(leaf, axis).astype(jnp.float32)
 
     step, total = rounding.steps(x, layout)

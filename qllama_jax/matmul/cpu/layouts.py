@@ -116,6 +116,11 @@ def groups_of_a_sum(groups: int, *, even: bool) -> int:
     return max(alike or sizes)
 
 
+def groups_of_a_float_sum(groups: int) -> int:
+    """Return how many of the groups the kernel for floats sums before it stores: 2 or 1."""
+    return 2 if groups % 2 == 0 else 1
+
+
 class Terms(NamedTuple):
     """Each `[terms, group]`; a term with a mask of 0 adds nothing."""
 

@@ -60,15 +60,23 @@ def can_pack(format: str, width: int) -> bool:
     return format in LAYOUTS and width % GROUP == 0
 
 
-def pack(format: str, rows: Rows) -> CPUWeight:
-    """Reorder rows that `can_pack` into arrays of their own, reading some at a time."""
+def room_for(format: str, out: int, row_bytes: int, *stack: int) -> CPUWeight:
+    """Return memory, not written to yet, for `out` rows that `can_pack`, or a stack of so many."""
+    one = _reorder(format, np.zeros((LANES, row_bytes), np.uint8))
+    tiles = -(-out // LANES)
+    whole = (
+        None if array is None else _room(array, 2 if name.startswith("super") else 3, tiles, stack)
+        for name, array in one._asdict().items()
+    )
+    return CPUWeight(*whole, format=format, out=out)
+
+
+def pack(format: str, rows: Rows, room: CPUWeight | None = None) -> CPUWeight:
+    """Reorder rows that `can_pack` into `room_for` them, reading some at a time."""
     out, row_bytes = rows.shape
     tiles = -(-out // LANES)
-    one = _reorder(format, np.zeros((LANES, row_bytes), np.uint8))
-    whole = [
-        None if array is None else _room(array, 2 if name.startswith("super") else 3, tiles)
-        for name, array in one._asdict().items()
-    ]
+    packed = room_for(format, out, row_bytes) if room is None else room
+    whole = [getattr(packed, name) for name in Arrays._fields]
 
     def fill(first: int) -> None:
         part = slice(first, min(first + step, tiles))
@@ -89,7 +97,7 @@ def pack(format: str, rows: Rows) -> CPUWeight:
         for part in filling:
             part.cancel()
         wait(filling)
-    return CPUWeight(*whole, format=format, out=out)
+    return packed
 
 
 @functools.cache
@@ -97,9 +105,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="pack")
 
 
-def _room(like: np.ndarray, axes: int, tiles: int) -> np.ndarray:
+def _room(like: np.ndarray, axes: int, tiles: int, stack: tuple[int, ...]) -> np.ndarray:
     """Memory for an array of which `like` has one tile, and `axes` axes from the tiles on."""
-    shape = (math.prod(like.shape[:-axes]), tiles, *like.shape[-axes + 1 :])
+    shape = (*stack, math.prod(like.shape[:-axes]), tiles, *like.shape[-axes + 1 :])
     return aligned_bytes(math.prod(shape) * like.itemsize).view(like.dtype).reshape(shape)
 
 

@@ -1,0 +1,312 @@
+"""A loop over layers, whose weights lie in stacks: the same model, out of the same memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qllama_jax as ql
+from cpu_weights import normal, relative_error, weight
+from matrix import TOKENS
+from qllama_jax import decoding, session
+from qllama_jax.matmul import matmul_expert
+from qllama_jax.matmul.cpu import LAYOUTS, MOST_ROWS_OF_STACKS
+from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.params import StackedBlocks
+from reference import Reference
+from small_model import FLOAT32
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+#: The types of packed weights, as XLA writes them.
+KINDS = {"uint16": "u16", "int8": "s8", "uint8": "u8", "float16": "f16", "bfloat16": "bf16"}
+
+
+def in_two_formats(name: str) -> str:
+    """As a Q4_K_M file: Q6_K for some tensors of some layers."""
+    return "Q6_K" if re.search(r"blk\.\d*[02]\.(attn_v|ffn_down)", name) else "Q4_K"
+
+
+FILES: dict[str, dict[str, Any]] = {
+    **{name: {"qtype": name} for name in LAYOUTS},
+    "two formats": {"qtype": in_two_formats},
+    "biases": {"qtype": "Q8_0", "biases": True},
+    "tied": {"qtype": "Q5_0", "tied": True},
+    "experts": {"qtype": "Q4_1", "experts": 4, "experts_used": 2},
+    "experts in two formats": {"qtype": in_two_formats, "experts": 3, "experts_used": 2},
+}
+FILES["experts in two formats"]["qtype"] = lambda name: (
+    "Q6_K" if re.search(r"blk\.\d*[02]\.(attn_v|ffn_down_exps)", name) else "Q3_K"
+)
+
+
+@pytest.fixture(scope="module")
+def load_model(tiny_llama):
+    @functools.cache
+    def load(name: str, **options: Any) -> tuple[Path, ql.Model]:
+        path = tiny_llama(**{"layers": 3, **FILES[name], **options})
+        return path, ql.load(path)
+
+    return load
+
+
+def looped(model: ql.Model) -> ql.Params:
+    params = model.looped_params
+    assert params is not None
+    return params
+
+
+def pointers(tree: Any) -> list[int]:
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", ["Q4_0", *(name for name in FILES if name not in LAYOUTS)])
+def test_a_prompt_and_steps_after_it_give_the_float64_references_logits(load_model, name: str):
+    path, model = load_model(name)
+    wanted = Reference(path).logits(TOKENS[:8])
+    cache = ql.init_cache(model.config, 2, 16, stacked=True)
+    tokens = jnp.asarray([TOKENS[:6], [*TOKENS[:4], 7, 7]], jnp.int32)
+    logits, cache = ql.forward(
+        looped(model), tokens, cache, config=model.config, lengths=jnp.asarray([6, 4], jnp.int32)
+    )
+    assert relative_error(logits[0], wanted[:6]) < FLOAT32
+    for step in range(2):
+        tokens = jnp.asarray([[TOKENS[6 + step]], [TOKENS[4 + step]]], jnp.int32)
+        logits, cache = ql.forward(looped(model), tokens, cache, config=model.config)
+        assert relative_error(logits[0, 0], wanted[6 + step]) < FLOAT32
+        assert relative_error(logits[1, 0], wanted[4 + step]) < FLOAT32
+    assert cache.lengths.tolist() == [8, 6]
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "two formats", "experts"])
+def test_a_generation_takes_the_loop_and_gives_the_float64_references_tokens(
+    load_model, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    path, model = load_model(name, context_length=1024)
+    blocks = []
+
+    def decode(params: Any, *arguments: Any, **static: Any) -> Any:
+        blocks.append(type(params.blk))
+        return real(params, *arguments, **static)
+
+    real = session._decode
+    decode.lower = real.lower  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(session, "_decode", decode)
+    # The room grows from 16 positions for the prompt to 128 and 256 while tokens are generated.
+    prompt = TOKENS[:5]
+    found = ql.generate(
+        model, prompt, max_new_tokens=140, activations="int8x2", ignore_eos=True, dtype=jnp.float32
+    )
+    reference = Reference(path)
+    logits = reference.logits([*prompt, *found.tokens])[4:-1]
+    chosen = np.take_along_axis(logits, np.asarray(found.tokens)[:, None], axis=1)[:, 0]
+    # The largest, or as large as the second int8 tells.
+    assert (logits.max(axis=1) - chosen < 1e-3 * np.abs(logits).max()).all()
+    assert set(blocks) == {StackedBlocks}
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "two formats"])
+def test_positions_in_many_blocks_are_attended_to(load_model, name: str):
+    path, model = load_model(name, context_length=1024)
+    tokens = np.random.default_rng(0).integers(0, 384, 600)
+    wanted = Reference(path).logits(tokens)
+    cache = ql.init_cache(model.config, 1, 640, stacked=True)
+    forward = functools.partial(ql.forward, looped(model), config=model.config)
+    prompt, steps = jnp.asarray(tokens[None, :598], jnp.int32), tokens[598:]
+    logits, cache = forward(prompt, cache)
+    assert relative_error(logits[0, -1], wanted[597]) < FLOAT32
+    for at, token in enumerate(steps):
+        logits, cache = forward(jnp.full((1, 1), token, jnp.int32), cache)
+        assert relative_error(logits[0, 0], wanted[598 + at]) < FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("rows", "activations", "most"),
+    [(3, "float", 1e-6), (1, "int8", 2e-2), (3, "int8x2", 2e-4), (40, "int8", 2e-2)],
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_weight_of_a_stack_is_multiplied_with(
+    name: str, activations: Any, most: float, rows: int
+):
+    shape = 80, 512
+    weights = [weight(name, *shape), weight(name, 96, 512), weight(name, *shape)]
+    first, second = weights[0], weight(name, 112, 512)
+    # Two that differ: rows of another weight, cut to the same shape.
+    other = dataclasses.replace(second[0].slice_tiles(jnp.int32(1), 5), out=80)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), first[0], other, first[0])
+    x = normal(rows, 512)
+    product = jax.jit(functools.partial(matmul_expert, activations=activations))
+    for index, values in enumerate([first[1], second[1][16:96], first[1]]):
+        found = product(x, stack, jnp.int32(index))
+        assert relative_error(found, x.astype(np.float64) @ values.T) < most
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_stacks_are_the_memory_of_the_blocks(load_model, name: str):
+    _, model = load_model(name)
+    stacked = looped(model).blk
+    assert isinstance(stacked, StackedBlocks)
+    at: dict[int, int] = {}  # bytes up to the end, by where each array of a stack begins
+    for leaf in jax.tree.leaves(stacked):
+        at[leaf.unsafe_buffer_pointer()] = leaf.nbytes
+    weights = [
+        leaf
+        for block in model.params.blk
+        for leaf in jax.tree.leaves(block)
+        if leaf.ndim > 2  # no vector, nor a router
+    ]
+    for leaf in weights:
+        begin = leaf.unsafe_buffer_pointer()
+        assert any(b <= begin and begin + leaf.nbytes <= b + n for b, n in at.items())
+    assert len(set(map(id, weights))) == len(set(pointers(weights)))
+
+
+def compiled_loop(model: ql.Model, room: int = 128) -> str:
+    """The text of the compiled decoding loop of one row."""
+    row = jnp.zeros((1,), jnp.int32)
+    state = decoding.DecodeState(
+        cache=ql.init_cache(model.config, 1, room, stacked=True),
+        token=row,
+        recent=jnp.zeros((1, 64), jnp.int32),
+        keys=ql.row_keys(jax.random.key(0), 1),
+        finish=row,
+        generated=row,
+    )
+    arguments = looped(model), state, ql.Sampling(), jnp.zeros((0,), jnp.int32), 3
+    static = {"config": model.config, "max_steps": 4, "activations": "auto", "top_logprobs": 0}
+    lowered = session._decode.lower(*arguments, **static, dtype=jnp.float32)
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "two formats", "experts"])
+def test_a_loop_is_as_large_for_many_layers_as_for_few(load_model, name: str):
+    sizes = [compiled_loop(load_model(name, layers=layers)[1]).count(" = ") for layers in (6, 12)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("room", [128, 1024])
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "two formats", "experts"])
+def test_a_loop_copies_neither_weights_nor_the_cache(load_model, name: str, room: int):
+    _, model = load_model(name)
+    text = compiled_loop(model, room)
+    kept = {
+        (KINDS[leaf.dtype.name], size)
+        for leaf in jax.tree.leaves(looped(model).blk)
+        if leaf.dtype.name in KINDS
+        for size in (leaf.size, leaf[0].size)
+    }
+    within = "\n\n".join(part for part in text.split("\n\n") if "%fused" not in part[:10])
+    made = re.findall(r"= (\w+)\[([\d,]+)\]\S* (?:copy|fusion|transpose|convert|call)\(", within)
+    sizes = {(kind, int(np.prod([int(n) for n in shape.split(",")]))) for kind, shape in made}
+    assert kept
+    assert not kept & sizes
+    config = model.config
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    # Written in place: what gives the whole cache is the update of it.
+    whole = re.findall(rf"%(\S+) = f32\[{L},1,{K},(?:{room},{H}|{H},{room})\]\S* (\w+)\(", within)
+    names = {name for name, kind in whole if kind in {"copy", "fusion", "transpose"}}
+    assert names
+    assert all("dynamic-update-slice" in name or "dynamic_update_slice" in name for name in names)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kernels_find_the_numbers_of_rows_stored(load_model, name: str):
+    # Where a kernel computes them of the layer's number, LLVM's code is scalar.
+    _, model = load_model(name)
+    gathers = 0
+    for part in compiled_loop(model).split("\n\n"):
+        if "%fused" not in part[:10]:
+            continue
+        made = dict(re.findall(r"%(\S+) = \S+ ([\w-]+)\(", part))
+        takes = dict(re.findall(r"%(\S+) = \S+ bitcast\(%([^\s,)]+)", part))
+        packed = rf"= (?:{'|'.join(KINDS.values())})\[[\d,]+,{LANES}\]\S* "
+        for numbers in re.findall(packed + r"gather\(%\S+, %([^\s,)]+)\)", part):
+            while made[numbers] == "bitcast":
+                numbers = takes[numbers]
+            assert made[numbers] == "parameter"
+            gathers += 1
+    assert gathers >= 7
+
+
+def test_more_rows_and_exact_activations_take_one_layer_after_another(
+    load_model, monkeypatch: pytest.MonkeyPatch
+):
+    _, model = load_model("Q4_0")
+    blocks = []
+
+    def decode(params: Any, *arguments: Any, **static: Any) -> Any:
+        blocks.append(type(params.blk))
+        return real(params, *arguments, **static)
+
+    real = session._decode
+    decode.lower = real.lower  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(session, "_decode", decode)
+    prompts = [[5]] * (MOST_ROWS_OF_STACKS + 1)
+    calls: list[tuple[Any, Any]] = [(prompts, "auto"), ([5], "float")]
+    for prompt, activations in calls:
+        blocks.clear()
+        ql.generate(model, prompt, max_new_tokens=2, activations=activations, ignore_eos=True)
+        assert set(blocks) == {tuple}
+
+
+def test_other_params_have_no_stacks_of_the_old_ones(load_model):
+    _, model = load_model("Q4_0")
+    assert dataclasses.replace(model, chat_template="x").looped_params is not None
+    other = dataclasses.replace(model.params, output_norm=model.params.token_embd)
+    assert dataclasses.replace(model, params=other).looped_params is not None
+    changed = jax.tree.map(lambda leaf: leaf, model.params)
+    assert dataclasses.replace(model, params=changed).looped_params is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qtype": "F32"},
+        {"qtype": "IQ4_XS"},
+        {"qtype": "Q4_0", "fused_qkv": True},
+        {"qtype": lambda name: "F32" if "blk.1.attn_q" in name else "Q4_0"},
+        {"qtype": "Q4_0", "experts": 2, "experts_used": 1, "merged": False},
+    ],
+    ids=["plain", "file's blocks", "fused", "one plain", "experts apart"],
+)
+def test_blocks_without_stacks_are_generated_with_all_the_same(tiny_llama, options: dict[str, Any]):
+    path = tiny_llama(layers=3, **options)
+    model = ql.load(path)
+    assert model.looped_params is None
+    found = ql.generate(model, TOKENS[:5], max_new_tokens=4, activations="float", ignore_eos=True)
+    assert found.tokens == Reference(path).greedy(TOKENS[:5], 4)
+
+
+def test_what_does_not_fit_is_refused(load_model):
+    _, model = load_model("Q4_0")
+    tokens, config = jnp.zeros((1, 2), jnp.int32), model.config
+    apart, together = (ql.init_cache(config, 1, 16, stacked=stacked) for stacked in (False, True))
+    with pytest.raises(ValueError, match="cache is one each, wanted one array"):
+        ql.forward(looped(model), tokens, apart, config=config)
+    with pytest.raises(ValueError, match="cache is one array, wanted one each"):
+        ql.forward(model.params, tokens, together, config=config)
+    with pytest.raises(ValueError, match="want blocks each"):
+        ql.hidden_states(looped(model), tokens, together, config=config, capture=["blk.0.in"])
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    with pytest.raises(ValueError, match="stacked"):
+        ql.init_cache(config, 1, 16, mesh=mesh, stacked=True)
+
+
+def test_routers_choices_are_told_by_layer(load_model):
+    _, model = load_model("experts")
+    tokens, config = jnp.asarray([TOKENS[:5]], jnp.int32), model.config
+    call = functools.partial(ql.hidden_states, config=config)
+    _, _, wanted = call(model.params, tokens, ql.init_cache(config, 1, 16))
+    _, _, found = call(looped(model), tokens, ql.init_cache(config, 1, 16, stacked=True))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5)
