@@ -51,10 +51,12 @@ def store_and_attend(
 ) -> tuple[Float[Array, "B T N H"], Array, Array]:
     """Write k and v to the cache and attend to it: what q finds, and both buffers.
 
-    The buffers are a layer's, or those of all layers and `layer` the number of the one.
-    On a mesh each device does so for its own rows and heads.
+    The buffers are a layer's, or those of all layers and `layer` the number of the one. (It goes by
+    position, as arrays do in a call that is `apart_on_a_cpu`.) On a mesh each device does so for
+    its own rows and heads.
     """
     if partitioning is not None:
+        assert not layer  # there are no stacks on a mesh
         B, _, N, _ = q.shape
         rows, heads = partitioning.cache_axes(B, N, k.shape[2])
         by_head, buffer, by_row = spec(rows, (), heads), spec(rows, heads), spec(rows)
@@ -230,9 +232,6 @@ def _in_blocks(
     blocks = -(-S // size)
     if blocks == 1:
         sums = add_block(sums, jnp.int32(0))
-    elif layer:  # within a loop, where reverse mode does not work anyway
-        seen = jnp.minimum(last // size + 1, blocks)
-        sums = lax.fori_loop(0, seen, lambda i, sums: add_block(sums, i), sums)
     else:
         sums, _ = lax.scan(add_seen_block, sums, jnp.arange(blocks, dtype=jnp.int32))
     total = jnp.where(sums.largest > MASKED, sums.total, np.float32(np.nan))

@@ -43,7 +43,7 @@ class KVCache:
     @property
     def is_stacked(self) -> bool:
         """Whether all layers lie in one array, as `StackedBlocks` want them."""
-        return not isinstance(self.k, tuple)
+        return not isinstance(self.k, tuple | list)
 
     @property
     def max_length(self) -> int:
@@ -57,7 +57,7 @@ class KVCache:
 
     @property
     def _layer(self) -> Any:
-        return self.k[0] if isinstance(self.k, tuple) else self.k
+        return self.k if self.is_stacked else self.k[0]
 
 
 def init_cache(

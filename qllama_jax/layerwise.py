@@ -100,9 +100,8 @@ def prefill(
         ends, tokens, cache.lengths, lengths, config=config, max_length=room, dtype=dtype
     )
     static = {"config": config, "activations": activations}
-    keys, values = cache.k, cache.v
-    if not cache.is_stacked:
-        keys, values = list(keys), list(values)
+    keys: Any = cache.k if cache.is_stacked else list(cache.k)
+    values: Any = cache.v if cache.is_stacked else list(cache.v)
     for i, block in enumerate(params.blk):
         before = x
         if cache.is_stacked:

@@ -39,19 +39,21 @@ class Model:
     metadata: Metadata
     path: Path
     chat_template: str | None = None
-    # The blocks of `params` and the same in stacks. Of other params there are none.
-    stacked: tuple[tuple, StackedBlocks] | None = field(default=None, repr=False)
+    # Blocks and the same in stacks, see `looped_params`.
+    _stacked: tuple[tuple, StackedBlocks] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.stacked is not None and self.stacked[0] is not self.params.blk:
-            object.__setattr__(self, "stacked", None)
+        # `dataclasses.replace(model, params=...)` shall neither multiply with the old weights nor
+        # keep them in memory.
+        if self._stacked is not None and self._stacked[0] is not self.params.blk:
+            object.__setattr__(self, "_stacked", None)
 
     @property
     def looped_params(self) -> Params | None:
         """`params` with `StackedBlocks`, the same memory; None where blocks have no stacks."""
-        if self.stacked is None:
+        if self._stacked is None:
             return None
-        return dataclasses.replace(self.params, blk=self.stacked[1])
+        return dataclasses.replace(self.params, blk=self._stacked[1])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -106,6 +108,9 @@ def load(
     """Load a Llama GGUF file; weights go to the default device or over a mesh, packed.
 
     GGML, GGMF and GGJT files, from before GGUF, are loaded alike.
+
+    On a CPU equal weights of all layers share one piece of memory, which is free again when the
+    last of them is gone: to keep some layers of a model alone, copy them.
 
     Args:
         path: the file, or any part of a split one; or its name on the Hugging Face hub, as

@@ -163,7 +163,7 @@ def hidden_states(
 
 def _loop_over(
     blocks: StackedBlocks, x: Float[Array, "B T D"], cache: KVCache, entry: Entry, **static: Any
-) -> tuple[tuple[Array, Array, Array], Routing | None]:
+) -> tuple[tuple[Any, Any, Any], Routing | None]:
     """Run the blocks as a loop; return x, the cache's arrays and what routers chose, `[L, ...]`."""
 
     def step(carry: tuple[Any, Any, Any], layer: Array) -> tuple[tuple, Routing | None]:

@@ -7,12 +7,15 @@ not in the file is `rope`, a few hundred bytes derived at load.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Int32
 
 from qllama_jax.matmul.stacks import WeightStack
@@ -76,10 +79,16 @@ class StackedBlocks:
         """L, the number of layers."""
         return self.block.attn_norm.weight.shape[0]
 
+    def __iter__(self) -> Iterator[DenseBlock | MoEBlock]:
+        """Yield the block of each layer."""
+        return (self[layer] for layer in range(len(self)))
+
     def __getitem__(self, layer: int | Int32[Array, ""]) -> DenseBlock | MoEBlock:
         """Return the block of a layer, 0..L-1, which may be traced; nothing is copied."""
-        if isinstance(layer, int) and not 0 <= layer < len(self):
-            raise IndexError(f"layer {layer} of {len(self)}")
+        if not isinstance(layer, Tracer):
+            layer = operator.index(layer)
+            if not 0 <= layer < len(self):
+                raise IndexError(f"layer {layer} of {len(self)}")
         layer = jnp.asarray(layer, jnp.int32)
 
         def pick(leaf: WeightStack | Array) -> Any:

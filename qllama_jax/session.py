@@ -27,6 +27,7 @@ from qllama_jax.load import Model
 from qllama_jax.matmul import Activations, check_activations, cpu
 from qllama_jax.memory import SMALLEST_CACHE
 from qllama_jax.model import check_dtype
+from qllama_jax.params import StackedBlocks
 from qllama_jax.sampling import Sampling
 from qllama_jax.sampling_ranges import check_sampling
 from qllama_jax.session_arguments import (
@@ -127,13 +128,10 @@ class Session:
         self._stopped: set[int] = set()
         partitioning = model.params.partitioning
         # A loop over layers decodes as fast as a program of them all, and takes XLA a fraction of
-        # the time and memory, where the weights are in stacks and kernels take them in one piece.
-        looped = model.looped_params
-        rows = len(prompts) * (2 if activations == "int8x2" else 1)
-        if looped is not None and (activations == "float" or rows > cpu.MOST_ROWS_OF_STACKS):
-            looped = None
+        # the time and memory.
+        looped = model.looped_params if cpu.reads_stacks(len(prompts), activations) else None
         self._params = model.params if looped is None else looped
-        self._stacked = looped is not None
+        self._stacked = isinstance(self._params.blk, StackedBlocks)
         self._on_hosts = partitioning is not None and partitioning.spans_processes
 
     def stop(self, row: int) -> None:

@@ -17,7 +17,7 @@ from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.matmul import cpu
 from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import F32, FORMATS, Block, Leaf
-from qllama_jax.stacking import Stacked
+from qllama_jax.stacking import LayerWeights
 from qllama_jax.tensor_file import DATA_ALIGNMENT, GGUFFile, GGUFTensor, TensorRows
 
 Progress = Callable[[int, int], None]
@@ -38,7 +38,7 @@ class TensorReader:
         self._for_cpu = layout == "auto" and jax.default_backend() == "cpu"
         self._bytes_total = sum(tensor.nbytes for tensor in file.tensors.values())
         self._bytes_done = 0
-        self._rooms: dict[tuple[str, str], Stacked] = {}
+        self._stacks: dict[tuple[str, str, tuple[int, ...]], LayerWeights] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has a tensor of that name that was not taken yet."""
@@ -84,14 +84,14 @@ class TensorReader:
         """As `vector`, None where the file has none."""
         return self.vector(name, size) if name in self else None
 
-    def stacks(self) -> dict[str, list[Stacked]]:
+    def stacks(self) -> dict[str, list[LayerWeights]]:
         """Return, by their name within a block, the weights of layers that lie one after another.
 
         To be asked for after all weights have been taken. They share the memory of those.
         """
-        found: dict[str, list[Stacked]] = {}
-        for (name, _), room in self._rooms.items():
-            found.setdefault(name, []).append(room._replace(weights=place(room.weights)))
+        found: dict[str, list[LayerWeights]] = {}
+        for (name, *_), stack in self._stacks.items():
+            found.setdefault(name, []).append(stack._replace(weights=place(stack.weights)))
         return found
 
     def _leaf(self, rows: CheckedRows, shape: tuple[int, ...], name: str = "") -> Leaf:
@@ -104,43 +104,40 @@ class TensorReader:
             return self._blocks(rows, shape)
         format = rows.block.qtype.name
         parts = [rows.part(first, first + out) for first in range(0, rows.shape[0], out)]
-        rooms = self._rooms_of(rows, name, parts)
+        rooms = self._rooms(rows, name, shape, len(parts))
         leaves = tuple(
             place(cpu.pack(format, part, room)) for part, room in zip(parts, rooms, strict=True)
         )
         return SeparateExperts(leaves) if experts else leaves[0]
 
-    def _rooms_of(
-        self,
-        rows: CheckedRows,
-        name: str,
-        parts: list[CheckedRows],
+    def _rooms(
+        self, rows: CheckedRows, name: str, shape: tuple[int, ...], parts: int
     ) -> list[cpu.CPUWeight | None]:
         """Return memory in a stack for the parts of a layer's tensor, None where there is none."""
-        none: list[cpu.CPUWeight | None] = [None] * len(parts)
         tensor, found = rows.rows.tensor, _OF_A_BLOCK.fullmatch(name)
         if found is None:
-            return none
+            return [None] * parts
         layer, name, format = int(found[1]), found[2], rows.block.qtype.name
-        stack = self._rooms.get((name, format))
+        stack = self._stacks.get((name, format, shape))
         if stack is None:
             alike = [
                 other
                 for other in self.file.tensors.values()
                 if (match := _OF_A_BLOCK.fullmatch(other.name)) and match[2] == name
-                if other.qtype == tensor.qtype and other.shape == tensor.shape
+                if (other.qtype, other.nbytes) == (tensor.qtype, tensor.nbytes)
             ]
-            weights = cpu.room_for(format, *parts[0].shape, len(alike) * len(parts))
+            *experts, out, _ = shape
+            weights = cpu.room_for(format, out, rows.shape[1], len(alike) * parts)
             # Else JAX would copy it.
             if any(leaf[0].nbytes % DATA_ALIGNMENT for leaf in jax.tree.leaves(weights)):
-                return none
-            experts = None if len(tensor.shape) == 2 else len(parts)
-            stack = self._rooms[name, format] = Stacked(weights, [], experts)
-        first = len(stack.layers) * len(parts)
+                return [None] * parts
+            stack = LayerWeights(weights, [], *experts) if experts else LayerWeights(weights, [])
+            self._stacks[name, format, shape] = stack
+        first = len(stack.layers) * parts
         stack.layers.append(layer)
         return [
             jax.tree.map(lambda leaf, at=at: leaf[at], stack.weights)
-            for at in range(first, first + len(parts))
+            for at in range(first, first + parts)
         ]
 
     def _blocks(self, rows: CheckedRows, shape: tuple[int, ...]) -> Leaf:

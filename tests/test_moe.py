@@ -221,6 +221,9 @@ def test_a_stack_of_one_may_lack_the_1_of_its_shape(tiny_llama: TinyLlama, tmp_p
         found, wanted = (ql.load(p, layout=layout).params for p in (tmp_path / "a.gguf", path))
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    found, wanted = (ql.load(p) for p in (tmp_path / "a.gguf", path))
+    calls = (ql.generate(m, [5, 6], max_new_tokens=3, ignore_eos=True) for m in (found, wanted))
+    assert len({tuple(call.tokens) for call in calls}) == 1
 
 
 @pytest.mark.parametrize("used", [None, 0])

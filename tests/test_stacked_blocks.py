@@ -17,8 +17,8 @@ import qllama_jax as ql
 from cpu_weights import normal, relative_error, weight
 from matrix import TOKENS
 from qllama_jax import decoding, session
-from qllama_jax.matmul import matmul_expert
-from qllama_jax.matmul.cpu import LAYOUTS, MOST_ROWS_OF_STACKS
+from qllama_jax.matmul import cpu, matmul_expert
+from qllama_jax.matmul.cpu import LAYOUTS
 from qllama_jax.matmul.cpu.weight import LANES
 from qllama_jax.params import StackedBlocks
 from reference import Reference
@@ -31,20 +31,18 @@ KINDS = {"uint16": "u16", "int8": "s8", "uint8": "u8", "float16": "f16", "bfloat
 
 def in_two_formats(name: str) -> str:
     """As a Q4_K_M file: Q6_K for some tensors of some layers."""
-    return "Q6_K" if re.search(r"blk\.\d*[02]\.(attn_v|ffn_down)", name) else "Q4_K"
+    return "Q6_K" if re.search(r"blk\.\d*[02]\.(attn_v|ffn_(down|up_exps))", name) else "Q4_K"
 
 
 FILES: dict[str, dict[str, Any]] = {
     **{name: {"qtype": name} for name in LAYOUTS},
     "two formats": {"qtype": in_two_formats},
-    "biases": {"qtype": "Q8_0", "biases": True},
-    "tied": {"qtype": "Q5_0", "tied": True},
+    "biases, tied": {"qtype": "Q8_0", "biases": True, "tied": True},
     "experts": {"qtype": "Q4_1", "experts": 4, "experts_used": 2},
     "experts in two formats": {"qtype": in_two_formats, "experts": 3, "experts_used": 2},
+    "one expert": {"qtype": "Q5_1", "experts": 1, "experts_used": 1},
+    "one layer": {"qtype": "BF16", "layers": 1},
 }
-FILES["experts in two formats"]["qtype"] = lambda name: (
-    "Q6_K" if re.search(r"blk\.\d*[02]\.(attn_v|ffn_down_exps)", name) else "Q3_K"
-)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +53,21 @@ def load_model(tiny_llama):
         return path, ql.load(path)
 
     return load
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The types of `blk` that generations decode with."""
+    blocks = []
+
+    def decode(params: Any, *arguments: Any, **static: Any) -> Any:
+        blocks.append(type(params.blk))
+        return real(params, *arguments, **static)
+
+    real = session._decode
+    decode.lower = real.lower  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(session, "_decode", decode)
+    return blocks
 
 
 def looped(model: ql.Model) -> ql.Params:
@@ -87,18 +100,9 @@ def test_a_prompt_and_steps_after_it_give_the_float64_references_logits(load_mod
 
 @pytest.mark.parametrize("name", ["Q4_0", "two formats", "experts"])
 def test_a_generation_takes_the_loop_and_gives_the_float64_references_tokens(
-    load_model, name: str, monkeypatch: pytest.MonkeyPatch
+    load_model, name: str, decoded: list[type]
 ):
     path, model = load_model(name, context_length=1024)
-    blocks = []
-
-    def decode(params: Any, *arguments: Any, **static: Any) -> Any:
-        blocks.append(type(params.blk))
-        return real(params, *arguments, **static)
-
-    real = session._decode
-    decode.lower = real.lower  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(session, "_decode", decode)
     # The room grows from 16 positions for the prompt to 128 and 256 while tokens are generated.
     prompt = TOKENS[:5]
     found = ql.generate(
@@ -109,7 +113,7 @@ def test_a_generation_takes_the_loop_and_gives_the_float64_references_tokens(
     chosen = np.take_along_axis(logits, np.asarray(found.tokens)[:, None], axis=1)[:, 0]
     # The largest, or as large as the second int8 tells.
     assert (logits.max(axis=1) - chosen < 1e-3 * np.abs(logits).max()).all()
-    assert set(blocks) == {StackedBlocks}
+    assert set(decoded) == {StackedBlocks}
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "two formats"])
@@ -135,17 +139,15 @@ def test_positions_in_many_blocks_are_attended_to(load_model, name: str):
 def test_a_weight_of_a_stack_is_multiplied_with(
     name: str, activations: Any, most: float, rows: int
 ):
-    shape = 80, 512
-    weights = [weight(name, *shape), weight(name, 96, 512), weight(name, *shape)]
-    first, second = weights[0], weight(name, 112, 512)
-    # Two that differ: rows of another weight, cut to the same shape.
-    other = dataclasses.replace(second[0].slice_tiles(jnp.int32(1), 5), out=80)
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), first[0], other, first[0])
+    # Three that differ, though of one shape: rows 16 .. 95 of weights of several sizes.
+    whole = [weight(name, out, 512) for out in (96, 112, 128)]
+    weights = [w.slice_tiles(jnp.int32(1), 5) for w, _ in whole]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     x = normal(rows, 512)
     product = jax.jit(functools.partial(matmul_expert, activations=activations))
-    for index, values in enumerate([first[1], second[1][16:96], first[1]]):
+    for index, (_, values) in enumerate(whole):
         found = product(x, stack, jnp.int32(index))
-        assert relative_error(found, x.astype(np.float64) @ values.T) < most
+        assert relative_error(found, x.astype(np.float64) @ values[16:96].T) < most
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -193,8 +195,9 @@ def test_a_loop_is_as_large_for_many_layers_as_for_few(load_model, name: str):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("room", [128, 1024])
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "two formats", "experts"])
+@pytest.mark.parametrize(
+    ("name", "room"), [("Q4_0", 1024), ("Q8_0", 128), ("two formats", 128), ("experts", 1024)]
+)
 def test_a_loop_copies_neither_weights_nor_the_cache(load_model, name: str, room: int):
     _, model = load_model(name)
     text = compiled_loop(model, room)
@@ -227,35 +230,62 @@ def test_kernels_find_the_numbers_of_rows_stored(load_model, name: str):
         if "%fused" not in part[:10]:
             continue
         made = dict(re.findall(r"%(\S+) = \S+ ([\w-]+)\(", part))
-        takes = dict(re.findall(r"%(\S+) = \S+ bitcast\(%([^\s,)]+)", part))
+        takes = dict(re.findall(r"%(\S+) = \S+ (?:bitcast|broadcast)\(%([^\s,)]+)", part))
         packed = rf"= (?:{'|'.join(KINDS.values())})\[[\d,]+,{LANES}\]\S* "
         for numbers in re.findall(packed + r"gather\(%\S+, %([^\s,)]+)\)", part):
-            while made[numbers] == "bitcast":
+            while made[numbers] in {"bitcast", "broadcast"}:
                 numbers = takes[numbers]
             assert made[numbers] == "parameter"
             gathers += 1
     assert gathers >= 7
 
 
-def test_more_rows_and_exact_activations_take_one_layer_after_another(
-    load_model, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize("rows", [4, 5, 8, 9])
+def test_as_many_rows_go_through_the_loop_as_kernels_take_in_one_piece(rows: int):
+    assert cpu.reads_stacks(rows, "auto") == cpu.reads_stacks(rows, "int8") == (rows <= 8)
+    assert cpu.reads_stacks(rows, "int8x2") == (rows <= 4)
+    assert not cpu.reads_stacks(rows, "float")
+
+
+def test_more_rows_take_one_layer_after_another(load_model, decoded: list[type]):
     _, model = load_model("Q4_0")
-    blocks = []
+    for rows, blocks in ((2, StackedBlocks), (9, tuple)):
+        decoded.clear()
+        ql.generate(model, [[5]] * rows, max_new_tokens=2, ignore_eos=True)
+        assert set(decoded) == {blocks}
 
-    def decode(params: Any, *arguments: Any, **static: Any) -> Any:
-        blocks.append(type(params.blk))
-        return real(params, *arguments, **static)
 
-    real = session._decode
-    decode.lower = real.lower  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(session, "_decode", decode)
-    prompts = [[5]] * (MOST_ROWS_OF_STACKS + 1)
-    calls: list[tuple[Any, Any]] = [(prompts, "auto"), ([5], "float")]
-    for prompt, activations in calls:
-        blocks.clear()
-        ql.generate(model, prompt, max_new_tokens=2, activations=activations, ignore_eos=True)
-        assert set(blocks) == {tuple}
+def test_params_that_are_looped_already_are_generated_with(load_model, decoded: list[type]):
+    _, model = load_model("Q4_0")
+    again = dataclasses.replace(model, params=looped(model))
+    tokens = [
+        ql.generate(m, [5, 6], max_new_tokens=3, ignore_eos=True).tokens for m in (again, model)
+    ]
+    assert tokens[0] == tokens[1]
+    assert set(decoded) == {StackedBlocks}
+
+
+def test_what_is_out_of_range_poisons_its_row_alone(load_model):
+    path, model = load_model("Q4_0")
+    forward = functools.partial(ql.forward, looped(model), config=model.config)
+    start = ql.init_cache(model.config, 2, 4, stacked=True)
+    _, filled = forward(jnp.asarray([TOKENS[:3], TOKENS[3:6]], jnp.int32), start)
+    logits, after = forward(jnp.asarray([[TOKENS[6]], [-1]], jnp.int32), filled)
+    assert np.isnan(logits[1]).all()
+    wanted = Reference(path).logits([*TOKENS[:3], TOKENS[6]])[-1]
+    assert relative_error(logits[0, 0], wanted) < FLOAT32
+    assert after.lengths.tolist() == [4, 5]
+    np.testing.assert_array_equal(after.k[:, 1], filled.k[:, 1])
+    np.testing.assert_array_equal(after.v[:, 1], filled.v[:, 1])
+    # The one is full now, the other stays poisoned in a larger room and is whole when set back.
+    larger = ql.resize_cache(after, 8)
+    assert larger.lengths.tolist() == [4, 9]
+    mended = dataclasses.replace(larger, lengths=jnp.asarray([4, 3], jnp.int32))
+    logits, _ = forward(jnp.asarray([[TOKENS[7]], [TOKENS[8]]], jnp.int32), mended)
+    wanted = Reference(path).logits([*TOKENS[3:6], TOKENS[8]])[-1]
+    assert relative_error(logits[1, 0], wanted) < FLOAT32
+    logits, _ = forward(jnp.asarray([[5], [5]], jnp.int32), after)
+    assert np.isnan(logits).all()
 
 
 def test_other_params_have_no_stacks_of_the_old_ones(load_model):
@@ -290,12 +320,16 @@ def test_what_does_not_fit_is_refused(load_model):
     _, model = load_model("Q4_0")
     tokens, config = jnp.zeros((1, 2), jnp.int32), model.config
     apart, together = (ql.init_cache(config, 1, 16, stacked=stacked) for stacked in (False, True))
-    with pytest.raises(ValueError, match="cache is one each, wanted one array"):
+    with pytest.raises(ValueError, match="layers' cache is one each"):
         ql.forward(looped(model), tokens, apart, config=config)
-    with pytest.raises(ValueError, match="cache is one array, wanted one each"):
+    with pytest.raises(ValueError, match="layers' cache is one array"):
         ql.forward(model.params, tokens, together, config=config)
     with pytest.raises(ValueError, match="want blocks each"):
         ql.hidden_states(looped(model), tokens, together, config=config, capture=["blk.0.in"])
+    with pytest.raises(TypeError, match="no stack"):
+        matmul_expert(jnp.ones((1, 256)), model.params.blk[0].attn_q.weight, jnp.int32(0))
+    with pytest.raises(IndexError, match="layer 3 of 3"):
+        looped(model).blk[3]
     mesh = jax.make_mesh((1, 1), ("data", "model"))
     with pytest.raises(ValueError, match="stacked"):
         ql.init_cache(config, 1, 16, mesh=mesh, stacked=True)

@@ -31,14 +31,14 @@ class WeightStack:
     kind: tuple[int, ...] = struct.field(pytree_node=False)
     index: tuple[int, ...] = struct.field(pytree_node=False)
 
-    def at(self, layer: Int32[Array, ""]) -> StackedWeight:
+    def at(self, layer: Int32[Array, ""]) -> LayerWeight:
         """Return the weight of a layer, 0..L-1, which may be traced; nothing is copied."""
         kind, index = (jnp.asarray(np.asarray(n, np.int32))[layer] for n in (self.kind, self.index))
-        return StackedWeight(self.stacks, kind, index, self.experts)
+        return LayerWeight(self.stacks, kind, index, self.experts)
 
 
 @struct.dataclass
-class StackedWeight:
+class LayerWeight:
     """The weight `[out, in]`, or that of E experts, at `index` of one of several stacks."""
 
     stacks: tuple[Leaf, ...]
@@ -54,13 +54,13 @@ class StackedWeight:
 
 
 @register
-def _(w: StackedWeight, x: Float[Array, "*batch in"], activations: Activations) -> Array:
+def _(w: LayerWeight, x: Float[Array, "*batch in"], activations: Activations) -> Array:
     return _product(w, x, w.index, activations)
 
 
 @register_expert
 def _(
-    w: StackedWeight,
+    w: LayerWeight,
     x: Float[Array, "*batch in"],
     expert: Int32[Array, ""],
     activations: Activations,
@@ -69,7 +69,7 @@ def _(
     return _product(w, x, w.index * np.int32(w.experts) + expert, activations)
 
 
-def _product(w: StackedWeight, x: Array, index: Array, activations: Activations) -> Array:
+def _product(w: LayerWeight, x: Array, index: Array, activations: Activations) -> Array:
     def with_stack(stack: Leaf, x: Array, index: Array) -> Array:
         return matmul_expert(x, stack, index, activations=activations)
 

@@ -21,11 +21,7 @@ from qllama_jax.matmul.cpu.layouts import LAYOUTS
 from qllama_jax.matmul.cpu.pack import can_pack, pack, room_for
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
-__all__ = ["LAYOUTS", "CPUWeight", "can_pack", "pack", "room_for"]
-
-# Rows of x, and of residuals, with which kernels read a weight of a stack where it lies; for more
-# it is copied.
-MOST_ROWS_OF_STACKS = int8_kernel.WHOLE_ROWS
+__all__ = ["LAYOUTS", "CPUWeight", "can_pack", "pack", "reads_stacks", "room_for"]
 
 
 @register
@@ -56,6 +52,12 @@ def _(
     w: CPUWeight, x: Float[Array, "*batch in"], expert: Int32[Array, ""], activations: Activations
 ) -> Array:
     return matmul(x, w.one_of_stack(expert), activations=activations)
+
+
+def reads_stacks(rows: int, activations: Activations) -> bool:
+    """Whether all kernels read a weight of a stack where it lies; else some copy it first."""
+    residuals = rows if activations == "int8x2" else 0
+    return activations != "float" and rows + residuals <= int8_kernel.WHOLE_ROWS
 
 
 def _is_faster_in_bfloat16(rows: int, w: CPUWeight) -> bool:

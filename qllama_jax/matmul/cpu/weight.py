@@ -45,7 +45,9 @@ class CPUWeight:
     super_minimum: Leaf  # the same, or None
     format: str = struct.field(pytree_node=False)
     out: int = struct.field(pytree_node=False)
-    rows: dict[int, Array] | None = None  # see `one_of_stack`
+    # Of one weight in a stack, see `one_of_stack`: {n: int32[n]}, which rows are its own where
+    # leaves are cut into n rows a weight. The leaves are then those of all weights, `[m, ...]`.
+    rows: dict[int, Array] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -71,8 +73,10 @@ class CPUWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        """Bytes of the arrays, or of this weight's part of a stack."""
+        count = 1 if self.rows is None else self.words.shape[0]
+        leaves = jax.tree.leaves(dataclasses.replace(self, rows=None))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // count
 
     def __repr__(self) -> str:
         try:
@@ -90,7 +94,12 @@ class CPUWeight:
         one after the other (jax 0.12, two cores of an EPYC Genoa).
 
         `index` must lie in 0..n-1.
+
+        Raises:
+            TypeError: this is no stack.
         """
+        if self.ndim != 3:
+            raise TypeError(f"one_of_stack: {self} is no stack of weights")
         pieces = {leaf.shape[1] for leaf in jax.tree.leaves(self)}
         if not self.layout.words:
             pieces.add(self.words.shape[1] // groups_of_a_float_sum(self.words.shape[1]))
