@@ -18,7 +18,9 @@ def recording(events: list[Any]) -> list[Program]:
     return [Program(SimpleNamespace(lower=lambda: lowered), (), {})] * 2
 
 
-def test_memory_goes_back_to_the_system_before_and_after_all_is_compiled(monkeypatch: pytest.MonkeyPatch):
+def test_memory_goes_back_to_the_system_before_and_after_all_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+):
     events: list[Any] = []
     monkeypatch.setattr(compiling, "_malloc_trim", lambda: events.append)
     compile_ahead(recording(events))
