@@ -79,7 +79,7 @@ def init_cache(
 
     Raises:
         ValueError: batch_size or max_length below 1, or max_length above the 2^20 positions for
-            which rotary angles are exact; a mesh with an axis that no rule names.
+            which rotary angles are exact; a mesh with an axis that no rule names, or `stacked` too.
         OutOfMemoryError: there is no room for it. Inside a trace nothing is allocated or refused.
     """
     if batch_size < 1 or max_length < 1:

@@ -66,13 +66,12 @@ def programs(
     )
     x, entry = _enter.eval_shape(*entering.arguments, **entering.static)
     kinds: dict[Any, Program] = {}
+    keys, values = _buffers(cache)
     for i, block in enumerate(params.blk):
         leaves, structure = jax.tree.flatten(block)
         kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if cache.is_stacked:
-            arguments = (block, x, cache.k, cache.v, entry, np.int32(i))
-        else:
-            arguments = (block, x, cache.k[i], cache.v[i], entry)
+        at, layer = _place(cache, i)
+        arguments = (block, x, keys[at], values[at], entry, *layer)
         kinds.setdefault(kind, Program(_layer, arguments, static))
     yield from kinds.values()
     yield Program(_logits, (ends, x, entry, lengths), static)
@@ -100,18 +99,23 @@ def prefill(
         ends, tokens, cache.lengths, lengths, config=config, max_length=room, dtype=dtype
     )
     static = {"config": config, "activations": activations}
-    keys: Any = cache.k if cache.is_stacked else list(cache.k)
-    values: Any = cache.v if cache.is_stacked else list(cache.v)
+    keys, values = _buffers(cache)
     for i, block in enumerate(params.blk):
-        before = x
-        if cache.is_stacked:
-            x, keys, values = _layer(block, x, keys, values, entry, np.int32(i), **static)
-        else:
-            x, keys[i], values[i] = _layer(block, x, keys[i], values[i], entry, **static)
+        before, (at, layer) = x, _place(cache, i)
+        x, keys[at], values[at] = _layer(block, x, keys[at], values[at], entry, *layer, **static)
         # What is queued cannot be called back, and without this all layers would be. One waits
         # while another runs: to have none wait costs a short prompt a tenth of its time.
         jax.block_until_ready(before)
     logits = _logits(ends, x, entry, lengths, **static)
-    if not cache.is_stacked:
-        keys, values = tuple(keys), tuple(values)
-    return logits, KVCache(k=keys, v=values, lengths=entry.lengths)
+    k, v = (keys[0], values[0]) if cache.is_stacked else (tuple(keys), tuple(values))
+    return logits, KVCache(k=k, v=v, lengths=entry.lengths)
+
+
+def _buffers(cache: KVCache) -> tuple[list[Any], list[Any]]:
+    """Return the keys' and the values' arrays: one a layer, or one of all layers."""
+    return ([cache.k], [cache.v]) if cache.is_stacked else (list(cache.k), list(cache.v))
+
+
+def _place(cache: KVCache, layer: int) -> tuple[int, tuple[np.int32, ...]]:
+    """Return which of the buffers holds a layer, and its number there if they are of all layers."""
+    return (0, (np.int32(layer),)) if cache.is_stacked else (layer, ())

@@ -293,10 +293,12 @@ def _check_shapes(
         found, wanted = ("one array", "one each") if cache.is_stacked else ("one each", "one array")
         raise ValueError(f"the layers' cache is {found}, wanted {wanted}, as params.blk is")
     layer = (B, config.num_kv_heads, config.head_dim, cache.max_length)
-    if len(cache.k) != config.num_layers or jax.tree.leaves(cache.k)[0].shape[-4:] != layer:
+    first = jax.tree.leaves(cache.k)[0]
+    found = first.shape[1:] if cache.is_stacked else first.shape
+    if len(cache.k) != config.num_layers or found != layer:
         raise ValueError(
             f"{B} rows of tokens need a cache of {config.num_layers} layers of {layer}, found"
-            f" {len(cache.k)} of {jax.tree.leaves(cache.k)[0].shape[-4:]}"
+            f" {len(cache.k)} of {found}"
         )
     # Rows padded beyond the cache's end are fine where their lengths say that the rest fits.
     if lengths is None and cache.max_length < T:

@@ -14,7 +14,7 @@ from qllama_jax.matmul.stacks import WeightStack
 from qllama_jax.params import DenseBlock, Linear, MoEBlock, StackedBlocks
 
 
-class LayerWeights(NamedTuple):
+class FormatStack(NamedTuple):
     """Weights of one name and one format that lie one after the other, and their layers."""
 
     weights: Any  # a leaf `[n, out, in]`, or `[n E, out, in]` where each layer has E experts
@@ -23,7 +23,7 @@ class LayerWeights(NamedTuple):
 
 
 def stack_blocks(
-    blocks: Sequence[DenseBlock | MoEBlock], stacks: Mapping[str, Sequence[LayerWeights]]
+    blocks: Sequence[DenseBlock | MoEBlock], stacks: Mapping[str, Sequence[FormatStack]]
 ) -> StackedBlocks | None:
     """Return the blocks as stacks, or None where a leaf has none.
 
@@ -46,7 +46,7 @@ def stack_blocks(
     return StackedBlocks(kind(**fields))
 
 
-def _stack(stacks: Sequence[LayerWeights], num_layers: int) -> WeightStack | None:
+def _stack(stacks: Sequence[FormatStack], num_layers: int) -> WeightStack | None:
     """Return stacks that have every layer, None where one has none."""
     places = {
         layer: (kind, index)

@@ -27,7 +27,7 @@ Container = Literal["GGUF", "GGML", "GGMF", "GGJT"]
 DATA_ALIGNMENT = 64  # a cache line, and what XLA on CPU needs to take an array without a copy
 # From here on numpy asks Linux for pages of 2 MB, and to find and to clear them takes it long: 1.1B
 # in Q4_0 is loaded in 1.5 to 1.75 s with them, in 0.9 without, and decodes as fast (an EPYC Genoa).
-LARGE = 2**22
+LARGE_BYTES = 2**22
 _seeking = threading.Lock()
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -180,8 +180,10 @@ class GGUFFile:
 def aligned_bytes(count: int) -> UInt8[np.ndarray, " count"]:
     """Return new memory, not set to anything, that begins at a multiple of DATA_ALIGNMENT."""
     size = count + DATA_ALIGNMENT
-    # Python's own memory, which the system gives as zeros when it is first written to.
-    room = np.frombuffer(bytearray(size), np.uint8) if size >= LARGE else np.empty(size, np.uint8)
+    if size >= LARGE_BYTES:  # Python's memory: the system gives zeros when it is first written to
+        room = np.frombuffer(bytearray(size), np.uint8)
+    else:
+        room = np.empty(size, np.uint8)
     skip = -room.ctypes.data % DATA_ALIGNMENT
     return room[skip : skip + count]
 

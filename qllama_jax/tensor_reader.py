@@ -17,11 +17,12 @@ from qllama_jax.errors import GGUFError, quoted
 from qllama_jax.matmul import cpu
 from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import F32, FORMATS, Block, Leaf
-from qllama_jax.stacking import LayerWeights
+from qllama_jax.stacking import FormatStack
 from qllama_jax.tensor_file import DATA_ALIGNMENT, GGUFFile, GGUFTensor, TensorRows
 
 Progress = Callable[[int, int], None]
 Layout = Literal["auto", "file"]
+_OF_A_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 class TensorReader:
@@ -38,7 +39,7 @@ class TensorReader:
         self._for_cpu = layout == "auto" and jax.default_backend() == "cpu"
         self._bytes_total = sum(tensor.nbytes for tensor in file.tensors.values())
         self._bytes_done = 0
-        self._stacks: dict[tuple[str, str, tuple[int, ...]], LayerWeights] = {}
+        self._stacks: dict[tuple[str, str, tuple[int, ...]], FormatStack] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has a tensor of that name that was not taken yet."""
@@ -84,12 +85,12 @@ class TensorReader:
         """As `vector`, None where the file has none."""
         return self.vector(name, size) if name in self else None
 
-    def stacks(self) -> dict[str, list[LayerWeights]]:
+    def stacks(self) -> dict[str, list[FormatStack]]:
         """Return, by their name within a block, the weights of layers that lie one after another.
 
         To be asked for after all weights have been taken. They share the memory of those.
         """
-        found: dict[str, list[LayerWeights]] = {}
+        found: dict[str, list[FormatStack]] = {}
         for (name, *_), stack in self._stacks.items():
             found.setdefault(name, []).append(stack._replace(weights=place(stack.weights)))
         return found
@@ -131,7 +132,7 @@ class TensorReader:
             # Else JAX would copy it.
             if any(leaf[0].nbytes % DATA_ALIGNMENT for leaf in jax.tree.leaves(weights)):
                 return [None] * parts
-            stack = LayerWeights(weights, [], *experts) if experts else LayerWeights(weights, [])
+            stack = FormatStack(weights, [], *experts) if experts else FormatStack(weights, [])
             self._stacks[name, format, shape] = stack
         first = len(stack.layers) * parts
         stack.layers.append(layer)
@@ -188,9 +189,6 @@ class TensorReader:
                 f"{self.file.path}: {len(self._left)} tensors that no part of the architecture"
                 f" 'llama' uses: {names}"
             )
-
-
-_OF_A_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from gguf_bytes import (
 from qllama_jax import gguf_cursor, gguf_file, gguf_header
 from qllama_jax.errors import GGUFError
 from qllama_jax.gguf_file import read_gguf
+from qllama_jax.tensor_file import aligned_bytes
 
 INTEGERS = {
     GGUFValueType.UINT8: (0, 255),
@@ -156,6 +158,25 @@ def test_data_is_a_new_writable_array_aligned_to_64_bytes(tmp_path):
         first[...] = ~first
         np.testing.assert_array_equal(second, before)
         np.testing.assert_array_equal(tensor.data, before)
+
+
+def mapping_flags(address: int) -> list[str]:
+    """The flags of the piece of memory that has an address, as Linux tells them."""
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(n, 16) for n in found.groups())
+            within = begin <= address < end
+        elif within and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no memory at {address:#x}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="of Linux")
+def test_large_memory_asks_for_no_large_pages():
+    memory = aligned_bytes(2**24)
+    assert memory.ctypes.data % 64 == 0
+    assert "hg" not in mapping_flags(memory.ctypes.data + 2**23)
 
 
 def replace_same_size(path: Path) -> None:

@@ -31,7 +31,7 @@ KINDS = {"uint16": "u16", "int8": "s8", "uint8": "u8", "float16": "f16", "bfloat
 
 def in_two_formats(name: str) -> str:
     """As a Q4_K_M file: Q6_K for some tensors of some layers."""
-    return "Q6_K" if re.search(r"blk\.\d*[02]\.(attn_v|ffn_(down|up_exps))", name) else "Q4_K"
+    return "Q6_K" if re.search(r"blk\.\d*[01]\.(attn_v|ffn_(down|up_exps))", name) else "Q4_K"
 
 
 FILES: dict[str, dict[str, Any]] = {
