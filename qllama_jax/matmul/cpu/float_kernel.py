@@ -26,20 +26,22 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight) -> Float32[Array, "B out"]:
     *stack, G, tiles, _, lanes = w.words.shape
     count = groups_of_a_float_sum(G)
 
-    def split(leaf: Array) -> Array:
-        return leaf.reshape(G // count, count, *leaf.shape[1:])
+    def of_rows(part: Array) -> Array:
+        return w.take(part, B).reshape(G // count, B, tiles, lanes)
 
     # Each number is taken out of the whole in one step: XLA copies what many slices are taken of.
     words = w.words.reshape(*stack, G // count, count, tiles, GROUP, lanes)
-    columns = split(fence(x.astype(jnp.float32).reshape(B, G, GROUP).swapaxes(0, 1)))
+    columns = fence(x.astype(jnp.float32).reshape(B, G, GROUP).swapaxes(0, 1))
+    columns = columns.reshape(G // count, count, B, GROUP)
     y = np.float32(0)
     for i in range(count):
         chains: list[Array | np.float32] = [np.float32(0)] * CHAINS
         for j in range(GROUP):
-            numbers = as_float(w.take(words[..., i, :, j, :])[:, :, None])
-            chains[j % CHAINS] += numbers * columns[:, i, None, :, j, None]
+            numbers = of_rows(words[..., i, :, j, :])
+            chains[j % CHAINS] += as_float(numbers) * columns[:, i, :, None, j, None]
         total = sum(chains[1:], chains[0])
         if w.scale is not None:
-            total = total * split(w.take(w.scale))[:, i, :, None, 0].astype(jnp.float32)
+            scale = w.scale.reshape(*stack, G // count, count, tiles, lanes)
+            total = total * of_rows(scale[..., i, :, :]).astype(jnp.float32)
         y = y + total
-    return fence(y).sum(0).transpose(1, 0, 2).reshape(B, w.padded)[:, : w.out]
+    return fence(y).sum(0).reshape(B, w.padded)[:, : w.out]

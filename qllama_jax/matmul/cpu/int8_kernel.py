@@ -142,11 +142,12 @@ def _rows_axis(x: Rounded) -> int:
     """Return 1 or 2: sums lie as [G, P, tiles, lanes] or as [G, tiles, P, lanes], in streams.
 
     With the tiles inside LLVM keeps a row's factors, each in all lanes, in registers and the first
-    cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048]). A single row's stage two
-    XLA vectorizes only with the tiles outside.
+    cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048]). 2 to 6 rows take as long
+    either way, but out of a stack up to 1.4 times as long with the tiles outside, into which XLA
+    transposes the sums. A single row's stage two XLA vectorizes only with the tiles outside.
     """
     _, rows, _ = x.factors.shape
-    return 1 if rows >= WHOLE_ROWS else 2
+    return 1 if rows > 1 else 2
 
 
 def _streams(groups: int, rows: int) -> int:
@@ -178,10 +179,10 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
     _, rows, fields = x.factors.shape
     factors, total, S = x.factors, x.total, 1
     if axis == 1:
-        shape, of_words, of_rows = (G, rows, tiles, lanes), (0, 2, 3, 4), (0, 1)
+        shape, of_rows = (G, rows, tiles, lanes), (0, 1)
     else:
         S = _streams(G, rows)
-        shape, of_words, of_rows = (G // S, tiles, S, rows, lanes), (0, 1, 2, 4, 5), (0, 2, 3)
+        shape, of_rows = (G // S, tiles, S, rows, lanes), (0, 2, 3)
         factors = factors.reshape(S, G // S, rows, fields).swapaxes(0, 1)
         total = total.reshape(S, G // S, rows).swapaxes(0, 1)
     # Takes the integers' middle out.
@@ -193,12 +194,12 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
         # of an operation a field, out of 44 instructions instead of 210 (Q4_0). XLA's passes over a
         # module of many layers take most of the time that it needs to compile.
         operand = lax.slice_in_dim(w.words, words.start, words.stop, words.step, axis=-2)
-        operand = w.take(operand)
-        if axis == 2:
-            operand = operand.reshape(S, G // S, *operand.shape[1:]).transpose(1, 2, 0, 3, 4)
         wide = (*shape[:-1], len(words), lanes)
         word_axis = len(wide) - 2
-        operand = lax.broadcast_in_dim(operand, wide, of_words)
+        operand = w.take(operand, rows)
+        if axis == 2:
+            operand = operand.reshape(S, G // S, *operand.shape[1:]).transpose(1, 2, 0, 3, 4)
+        operand = operand.reshape(wide)
         products = []
         for bit in bits:
             factor = lax.slice_in_dim(factors, first, first + len(words), axis=-1)
@@ -224,20 +225,22 @@ def _scaled_sums(
     if rows > 1:
         more = range(1, MOST_GROUPS // count + 1)
         count *= max(n for n in more if sums_of_weight % n == 0)
+    shape = (B, tiles, lanes) if axis == 1 else (tiles, B, lanes)  # and then B is 1
 
     def split(leaf: Array) -> Array:
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
     def of_weight(leaf: Array) -> Array:
-        leaf = w.take(leaf).swapaxes(1, 2).reshape(G // count, count, tiles, lanes)
-        return jnp.expand_dims(leaf, axis + 1).astype(jnp.float32)
+        leaf = w.take(leaf, B).reshape(-1, B, tiles, leaf.shape[-2], lanes)
+        leaf = leaf.transpose(0, 3, 1, 2, 4).reshape(G // count, count, *shape)
+        return leaf.astype(jnp.float32)
 
     def of_rows(leaf: Array) -> Array:
         return jnp.expand_dims(split(leaf), (4 - axis, 4))
 
     def of_super_block(leaf: Array) -> Array:
-        leaf = w.take(leaf, G // count // leaf.shape[-3])
-        return jnp.expand_dims(leaf, axis).astype(jnp.float32)
+        leaf = w.take(leaf, G // count // leaf.shape[-3] * B)
+        return leaf.reshape(G // count, *shape).astype(jnp.float32)
 
     step, total = rounding.steps(x, layout)
     # Cut before it is converted: what is converted first XLA stores, and this stage takes eight

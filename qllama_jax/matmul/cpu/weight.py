@@ -109,7 +109,9 @@ class CPUWeight:
     def take(self, part: Array, repeats: int = 1) -> Array:
         """Return what is this weight's of a leaf, or of what was cut out of its last axes.
 
-        Of its first axis each row comes `repeats` times.
+        Of its first axis each row comes `repeats` times: once for each row of x that meets it. To
+        repeat what was gathered, XLA stores it first: 4 rows of x times Q6_K [2048, 5632] took 2.3
+        ms out of a stack, numbers of 8 and 16 bits ten times as long as now (see `one_of_stack`).
         """
         if self.rows is None:
             return jnp.repeat(part, repeats, axis=0)
