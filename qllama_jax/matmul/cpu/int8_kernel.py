@@ -129,27 +129,13 @@ def _product(
     w: CPUWeight, x: Rounded, fence: Fence, *, with_offsets: bool
 ) -> Float32[Array, "B padded"]:
     B = x.step.shape[1]
-    axis = _rows_axis(x)
-    sums = fence(_integer_sums(w, x, axis))
-    if axis == 2:  # in the order of groups again, which the fence would have stored
-        g, tiles, streams, rows, lanes = sums.shape
-        sums = sums.transpose(2, 0, 1, 3, 4).reshape(streams * g, tiles, rows, lanes)
-    parts = fence(_scaled_sums(w, x, sums, axis, with_offsets))
+    sums = fence(_integer_sums(w, x))
+    # In the order of groups again, in which the fence would have stored them.
+    sums = jnp.moveaxis(sums, 3, 0).reshape(-1, *sums.shape[1:3], LANES)
+    parts = fence(_scaled_sums(w, x, sums, with_offsets))
     few = B <= WHOLE_ROWS and len(parts) <= MOST_PARTS
     y = functools.reduce(lax.add, parts) if few else parts.sum(0)
-    return jnp.moveaxis(y, axis - 1, 0).reshape(B, -1)
-
-
-def _rows_axis(x: Rounded) -> int:
-    """Return 1 or 2: sums lie as [G, P, tiles, lanes] or as [G, tiles, P, lanes], in streams.
-
-    With the tiles inside LLVM keeps a row's factors, each in all lanes, in registers and the first
-    cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048]). 2 to 6 rows take as long
-    either way, but out of a stack up to 1.4 times as long with the tiles outside, into which XLA
-    transposes the sums. A single row's stage two XLA vectorizes only with the tiles outside.
-    """
-    _, rows, _ = x.factors.shape
-    return 1 if rows > 1 else 2
+    return y.reshape(B, -1)
 
 
 def _streams(groups: int, rows: int) -> int:
@@ -172,24 +158,23 @@ def _streams(groups: int, rows: int) -> int:
     return next((n for n in (4, 2) if groups % (2 * n) == 0), 1)
 
 
-def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order lanes"]:
-    """Stage one: the sum over a group of (q - middle) times x in steps.
+def _integer_sums(w: CPUWeight, x: Rounded) -> Int16[Array, "G_S P tiles S lanes"]:
+    """Stage one: the sum over a group of (q - middle) times x in steps, by S streams of groups.
 
-    Returns [G, P, tiles, lanes] or, for axis = 2, [G / streams, tiles, streams, P, lanes].
+    With the tiles inside of the rows LLVM keeps a row's factors, each in all lanes, in registers
+    and the first cache: 128 rows of x take 12.4 instead of 13.5 ms (Q4_0 [4096, 2048], an EPYC
+    Milan). For 2 to 6 rows the order makes no difference, but out of a stack they took up to 1.4
+    times as long with the tiles outside, into which XLA transposed the sums.
     """
     *_, G, tiles, _, lanes = w.words.shape
     _, rows, fields = x.factors.shape
-    factors, total, S = x.factors, x.total, 1
-    if axis == 1:
-        shape, of_rows = (G, rows, tiles, lanes), (0, 1)
-    else:
-        S = _streams(G, rows)
-        shape, of_rows = (G // S, tiles, S, rows, lanes), (0, 2, 3)
-        factors = factors.reshape(S, G // S, rows, fields).swapaxes(0, 1)
-        total = total.reshape(S, G // S, rows).swapaxes(0, 1)
+    S = _streams(G, rows)
+    shape = (G // S, rows, tiles, S, lanes)
+    factors = x.factors.reshape(S, G // S, rows, fields).transpose(1, 2, 0, 3)
+    total = x.total.reshape(S, G // S, rows).transpose(1, 2, 0)
     # Takes the integers' middle out.
     start = (np.float32(-w.layout.middle) * total).astype(jnp.int32).astype(jnp.uint16)
-    sums = lax.broadcast_in_dim(start, shape, of_rows)
+    sums = lax.broadcast_in_dim(start, shape, (0, 1, 3))
     first = 0
     for words, bits in w.layout.factors.alike:
         # Words that are alike are one operand, and XLA unrolls the sum over them: the same code as
@@ -197,59 +182,55 @@ def _integer_sums(w: CPUWeight, x: Rounded, axis: int) -> Int16[Array, "*order l
         # module of many layers take most of the time that it needs to compile.
         operand = lax.slice_in_dim(w.words, words.start, words.stop, words.step, axis=-2)
         wide = (*shape[:-1], len(words), lanes)
-        word_axis = len(wide) - 2
         operand = w.take(operand, rows)
-        if axis == 2:
-            operand = operand.reshape(S, G // S, *operand.shape[1:]).transpose(1, 2, 0, 3, 4)
-        operand = operand.reshape(wide)
+        operand = operand.reshape(S, G // S, rows, *operand.shape[1:]).transpose(1, 2, 3, 0, 4, 5)
         products = []
         for bit in bits:
             factor = lax.slice_in_dim(factors, first, first + len(words), axis=-1)
-            factor = lax.broadcast_in_dim(factor, wide, (*of_rows, word_axis))
+            factor = lax.broadcast_in_dim(factor, wide, (0, 1, 3, 4))
             shifted = operand
             if bit:
                 shifted = lax.shift_right_logical(operand, jnp.full(wide, bit, jnp.uint16))
             products.append(lax.mul(shifted, factor))
             first += len(words)
         product = functools.reduce(lax.add, products)
-        sums = lax.add(sums, lax.reduce(product, np.uint16(0), lax.add, (word_axis,)))
+        sums = lax.add(sums, lax.reduce(product, np.uint16(0), lax.add, (4,)))
     return sums.astype(jnp.int16)
 
 
 def _scaled_sums(
-    w: CPUWeight, x: Rounded, sums: Int16[Array, "G _ _ lanes"], axis: int, with_offsets: bool
-) -> Float32[Array, "parts _ _ lanes"]:
+    w: CPUWeight, x: Rounded, sums: Int16[Array, "G P tiles lanes"], with_offsets: bool
+) -> Float32[Array, "parts B tiles lanes"]:
     """Stage two: the sum over groups whose scales lie side by side; of many rows over more."""
     G, B = x.step.shape
-    rows = sums.shape[axis]
+    rows = sums.shape[1]
     layout = w.layout
     *_, sums_of_weight, tiles, count, lanes = w.scale.shape
     if rows > 1:
         more = range(1, MOST_GROUPS // count + 1)
         count *= max(n for n in more if sums_of_weight % n == 0)
-    shape = (B, tiles, lanes) if axis == 1 else (tiles, B, lanes)  # and then B is 1
 
     def split(leaf: Array) -> Array:
         return leaf.reshape(G // count, count, *leaf.shape[1:])
 
     def of_weight(leaf: Array) -> Array:
         leaf = w.take(leaf, B).reshape(-1, B, tiles, leaf.shape[-2], lanes)
-        leaf = leaf.transpose(0, 3, 1, 2, 4).reshape(G // count, count, *shape)
+        leaf = leaf.transpose(0, 3, 1, 2, 4).reshape(G // count, count, B, tiles, lanes)
         return leaf.astype(jnp.float32)
 
     def of_rows(leaf: Array) -> Array:
-        return jnp.expand_dims(split(leaf), (4 - axis, 4))
+        return split(leaf)[..., None, None]
 
     def of_super_block(leaf: Array) -> Array:
         leaf = w.take(leaf, G // count // leaf.shape[-3] * B)
-        return leaf.reshape(G // count, *shape).astype(jnp.float32)
+        return leaf.reshape(G // count, B, tiles, lanes).astype(jnp.float32)
 
     step, total = rounding.steps(x, layout)
     # Cut before it is converted: what is converted first XLA stores, and this stage takes eight
     # times as long for four rows with a residual.
-    exact = lax.slice_in_dim(sums, 0, B, axis=axis).astype(jnp.float32)
+    exact = sums[:, :B].astype(jnp.float32)
     if rows > B:
-        finer = lax.slice_in_dim(sums, B, rows, axis=axis).astype(jnp.float32)
+        finer = sums[:, B:].astype(jnp.float32)
         exact = exact + finer * np.float32(0.5 / rounding.residual_steps(layout))
     product = split(exact) * of_rows(step)
     if with_offsets and layout.excess:
