@@ -39,8 +39,8 @@ SLAB_PARTS = 4
 # Rows and columns of a weight from which on, with AVX2, this kernel is the fastest for any rows.
 LARGE = 2048
 # Sums of a few rows that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise, and
-# 2 or 4 rows times Q4_K [5632, 2048] 1.1 to 1.2 times as long in all (Q4_0 1.05). For 128 rows it
-# would be slower by a half.
+# 2 or 4 rows times Q4_K [5632, 2048] 1.1 to 1.2 times as long in all (Q4_0 1.05, an EPYC Genoa).
+# For 128 rows it would be slower by a half.
 MOST_PARTS = 8
 
 
