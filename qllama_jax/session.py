@@ -52,6 +52,7 @@ _decode = jax.jit(
     decoding.decode_many,
     static_argnames=("config", "max_steps", "activations", "top_logprobs", "dtype"),
     donate_argnames="state",
+    compiler_options=cpu.compiler_options(),
 )
 _resize = jax.jit(resize_cache, static_argnames="max_length")
 

@@ -25,7 +25,7 @@ from cpu_weights import (
     normal,
 )
 from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor, rounding
-from qllama_jax.matmul.cpu.processor import instructions, vendor
+from qllama_jax.matmul.cpu.processor import family, instructions, vendor
 from qllama_jax.matmul.cpu.weight import LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -167,24 +167,28 @@ def test_the_gradient_is_that_of_the_exact_product():
 
 
 INTEL = (
-    "vendor_id\t: GenuineIntel\nfpu\t: yes\nflags\t: fpu avx2\nvmx flags\t: vnmi\n\nflags\t: fpu\n"
+    "vendor_id\t: GenuineIntel\ncpu family\t: 6\nfpu\t: yes\nflags\t: fpu avx2\n"
+    "vmx flags\t: vnmi\n\nflags\t: fpu\n"
 )
 
 
 @pytest.mark.parametrize(
-    ("text", "maker", "names"),
+    ("text", "maker", "generation", "names"),
     [
-        (INTEL, "GenuineIntel", "fpu avx2"),
-        ("processor\t: 0\nFeatures\t: fp asimd\n", "", ""),
-        ("vendor_id\nflags\n", "", ""),
-        ("", "", ""),
-        (None, "", ""),
+        (INTEL, "GenuineIntel", 6, "fpu avx2"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "", 0, ""),
+        ("vendor_id\ncpu family\nflags\n", "", 0, ""),
+        ("", "", 0, ""),
+        (None, "", 0, ""),
     ],
     ids=["x86", "arm", "no colon", "empty", "no file"],
 )
-def test_a_processor_is_what_linux_says(tmp_path: Path, text: str | None, maker: str, names: str):
+def test_a_processor_is_what_linux_says(
+    tmp_path: Path, text: str | None, maker: str, generation: int, names: str
+):
     path = tmp_path / "cpuinfo"
     if text is not None:
         path.write_text(text)
     assert instructions(path) == frozenset(names.split())
     assert vendor(path) == maker
+    assert family(path) == generation

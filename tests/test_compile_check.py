@@ -163,3 +163,31 @@ def test_what_cannot_be_compiled_is_refused_in_a_line(arguments: tuple[str, ...]
 def test_biases_are_shapes_too(target: str, tiny_llama: Callable[..., Path]):
     path = tiny_llama("Q4_0", **TINY, biases=True)
     report(str(path), "--target", target, "--prompt", "24", "--programs", "")
+
+
+WITH_OPTIONS = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from compile_targets import devices_of
+
+device, *_ = devices_of(sys.argv[1])
+from qllama_jax.matmul import cpu
+cpu.processor.has_undivided_512_bits = lambda: True
+assert cpu.compiler_options()
+x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=SingleDeviceSharding(device))
+jax.jit(lambda x: 2 * x, compiler_options=cpu.compiler_options()).lower(x).compile()
+"""
+
+
+@pytest.mark.parametrize("target", [*TARGETS, H100])
+def test_every_compiler_takes_the_options_of_a_decoding_loop(target: str):
+    """A session compiles with those of its processor, on whichever device it decodes."""
+    found = subprocess.run(
+        [sys.executable, "-c", WITH_OPTIONS, target],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(SCRIPT.parent)},
+    )
+    assert found.returncode == 0, found.stderr[-2000:]

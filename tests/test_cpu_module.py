@@ -18,7 +18,7 @@ import qllama_jax as ql
 from blocks import random_blocks
 from cpu_weights import IN_WORDS
 from qllama_jax.matmul import Activations, matmul_expert
-from qllama_jax.matmul.cpu import LAYOUTS, pack, processor
+from qllama_jax.matmul.cpu import LAYOUTS, compiler_options, pack, processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
 from qllama_jax.matmul.cpu.tiles import tile_rows
 from qllama_jax.matmul.cpu.weight import LANES
@@ -237,3 +237,21 @@ def test_the_scales_of_a_weight_are_stored_in_no_other_form(name: str, rows: int
 
 def row_bytes(name: str) -> int:
     return random_blocks(QType[name], (1, 1024), np.random.default_rng(0)).shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("maker", "generation", "names", "bits"),
+    [
+        ("AuthenticAMD", 26, "avx2 avx512f", 512),
+        ("AuthenticAMD", 25, "avx2 avx512f", 0),  # which halves such vectors
+        ("AuthenticAMD", 26, "avx2", 0),
+        ("GenuineIntel", 26, "avx2 avx512f", 0),
+    ],
+)
+def test_a_decoding_loop_takes_vectors_as_wide_as_a_processor_works_on(
+    monkeypatch: pytest.MonkeyPatch, maker: str, generation: int, names: str, bits: int
+):
+    monkeypatch.setattr(processor, "vendor", lambda: maker)
+    monkeypatch.setattr(processor, "family", lambda: generation)
+    monkeypatch.setattr(processor, "instructions", lambda: frozenset(names.split()))
+    assert compiler_options() == ({"xla_cpu_prefer_vector_width": bits} if bits else {})

@@ -20,6 +20,13 @@ def vendor(cpuinfo: Path = CPUINFO) -> str:
     return _field("vendor_id", cpuinfo)
 
 
+@functools.cache
+def family(cpuinfo: Path = CPUINFO) -> int:
+    """Return the number of its generation, as its maker counts them; 0 on another system."""
+    number = _field("cpu family", cpuinfo)
+    return int(number) if number.isdecimal() else 0
+
+
 def _field(name: str, cpuinfo: Path) -> str:
     try:
         with cpuinfo.open(encoding="utf-8", errors="replace") as lines:
@@ -46,3 +53,11 @@ def multiplies_bfloat16() -> bool:
 def has_512_bits() -> bool:
     """Return whether its vectors of float32 have 16 lanes, of AVX-512, instead of 8."""
     return "avx512f" in instructions()
+
+
+def has_undivided_512_bits() -> bool:
+    """Whether it works on vectors of 512 bits at once: AMD's do from their family 26 (Zen 5) on.
+
+    Those before it halve them, with no gain over 256 bits; Intel's were not measured.
+    """
+    return vendor() == "AuthenticAMD" and has_512_bits() and family() >= 26
