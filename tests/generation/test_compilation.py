@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import qllama_jax as ql
 from generation_calls import FAR, PROMPTS
 from qllama_jax import decoding, layerwise, session
+from qllama_jax.matmul import cpu
 
 TRACED = layerwise._enter, layerwise._layer, layerwise._logits, session._start, session._decode
 
@@ -43,6 +45,19 @@ def test_biases_and_bans_compile_nothing_again_once_there_is_one(model):
     for options in cases:
         ql.generate(model, PROMPTS[0], max_new_tokens=9, **options)
     assert trace_counts() == sizes
+
+
+def test_a_session_decodes_with_the_options_of_its_processor(model, monkeypatch):
+    """Only XLA tells which it was given: by the name of one that there is not."""
+    monkeypatch.setattr(cpu, "compiler_options", lambda: {"xla_no_such_option": 1})
+    found = importlib.util.find_spec("qllama_jax.session")
+    assert found is not None
+    assert found.loader is not None
+    other = importlib.util.module_from_spec(found)
+    found.loader.exec_module(other)
+    monkeypatch.setattr(session, "_decode", other._decode)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        ql.generate(model, PROMPTS[0], max_new_tokens=2)
 
 
 @pytest.mark.slow
