@@ -72,10 +72,9 @@ def compiler_options() -> dict[str, int]:
     """Return the options for XLA with which a decoding loop is the fastest on this processor.
 
     XLA's CPU compiler prefers vectors of 256 bits on any processor. With 512 a step of 1.1B in Q4_0
-    takes 17.2 and 18.4 ms instead of 20.3 and 19.5, in other formats 0.92 to 1.06 of its time (jax
-    0.12, two cores of an EPYC Turin, least times of processes by turns). What follows the
-    first stage of the kernels gains most. Compilers for other devices take the option too, and
-    make no use of it.
+    takes 0.94, in four pairs 0.85 to 1.03 of its time, in other formats 0.92 to 1.06 (jax 0.12, two
+    cores of an EPYC Turin, least times of processes by turns). What follows the first stage of the
+    kernels gains most. Compilers for other devices take the option too, and make no use of it.
     """
     return {"xla_cpu_prefer_vector_width": 512} if processor.has_undivided_512_bits() else {}
 

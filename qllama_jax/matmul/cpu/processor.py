@@ -56,7 +56,7 @@ def has_512_bits() -> bool:
 
 
 def has_undivided_512_bits() -> bool:
-    """Whether it works on vectors of 512 bits at once: AMD's do from their family 26 (Zen 5) on.
+    """Return whether it works on vectors of 512 bits at once: AMD's from family 26 (Zen 5) on.
 
     Those before it halve them, with no gain over 256 bits; Intel's were not measured.
     """
