@@ -143,10 +143,12 @@ def test_tiles_are_those_of_a_fast_product_and_repeat_few_rows(width: int):
 
 
 def test_a_wide_tile_is_the_same_rows_and_is_cut_no_further():
-    w, dense = weight("Q4_K", 100, IN)
-    part = w.slice_rows(jnp.int32(32), 48)
-    assert part.shape == (48, IN)
-    np.testing.assert_array_equal(part.dequantize(), dense[32:80])
-    np.testing.assert_array_equal(part.dequantize_rows(jnp.array([0, 17, 47])), dense[[32, 49, 79]])
+    first, count = LANES, 2 * LANES
+    w, dense = weight("Q4_K", 5 * LANES, IN)
+    part = w.slice_rows(jnp.int32(first), count)
+    assert part.shape == (count, IN)
+    np.testing.assert_array_equal(part.dequantize(), dense[first : first + count])
+    rows = np.array([0, LANES + 1, count - 1])
+    np.testing.assert_array_equal(part.dequantize_rows(jnp.asarray(rows)), dense[first + rows])
     with pytest.raises(ValueError, match="one tile already"):
-        part.slice_rows(jnp.int32(0), 16)
+        part.slice_rows(jnp.int32(0), LANES)

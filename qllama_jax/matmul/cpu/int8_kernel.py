@@ -21,7 +21,7 @@ from qllama_jax.matmul.cpu import processor, rounding
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS, Fence, fence_for
 from qllama_jax.matmul.cpu.layouts import GROUP, MOST_GROUPS
 from qllama_jax.matmul.cpu.rounding import Rounded
-from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
+from qllama_jax.matmul.cpu.weight import CPUWeight
 
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece. More
 # would make the accumulators larger than the caches, so it is cut into slabs of some tiles.
@@ -68,9 +68,9 @@ def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
 def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B padded"]:
     """Multiply with some tiles of w at a time."""
     G, rows, _ = x[0].factors.shape
-    tiles = w.padded // LANES
+    *_, tiles, _, lanes = w.words.shape
     # Two slabs at least: a loop of one trip is inlined, and its stages fused.
-    size = max(1, min(-(-tiles // 2), ACCUMULATORS // (G * rows * LANES)))
+    size = max(1, min(-(-tiles // 2), ACCUMULATORS // (G * rows * lanes)))
     B = x[0].step.shape[1]
 
     def write_tiles(i: Array, y: Array) -> Array:
@@ -82,7 +82,7 @@ def _in_slabs(w: CPUWeight, x: list[Rounded], fence: Fence) -> Float32[Array, "B
             # of Q4_K [5632, 2048] take 112 instead of 81 ms without it.
             slab = fence(slab)
             product = fence(_product(slab, part, fence, with_offsets=False))
-            y = lax.dynamic_update_slice(y, product, (np.int32(j * B), first * LANES))
+            y = lax.dynamic_update_slice(y, product, (np.int32(j * B), first * lanes))
         return y
 
     y = varying(jnp.zeros((len(x) * B, w.padded), jnp.float32), x, w)
@@ -131,7 +131,7 @@ def _product(
     B = x.step.shape[1]
     sums = fence(_integer_sums(w, x))
     # In the order of groups again, in which the fence would have stored them.
-    sums = jnp.moveaxis(sums, 3, 0).reshape(-1, *sums.shape[1:3], LANES)
+    sums = jnp.moveaxis(sums, 3, 0).reshape(-1, *sums.shape[1:3], sums.shape[-1])
     parts = fence(_scaled_sums(w, x, sums, with_offsets))
     few = B <= WHOLE_ROWS and len(parts) <= MOST_PARTS
     y = functools.reduce(lax.add, parts) if few else parts.sum(0)

@@ -1,0 +1,52 @@
+"""How many rows a tile of a CPU's packing has depends on the processor; results do not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cpu_weights import multiply, normal, relative_error, weight
+from qllama_jax import weight_bytes
+from qllama_jax.matmul.cpu import LAYOUTS, pack, processor, tiles
+from qllama_jax.matmul.cpu import weight as cpu_weight
+
+# `pack` is the module's function in its package.
+MODULES = (cpu_weight, tiles, weight_bytes, sys.modules[pack.__module__])
+
+
+@pytest.fixture(params=[16, 32])
+def lanes(request, monkeypatch) -> Iterator[int]:
+    for module in MODULES:
+        monkeypatch.setattr(module, "LANES", request.param)
+    weight.cache_clear()
+    yield request.param
+    weight.cache_clear()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_weight_in_tiles_of_any_lanes_is_the_files(name: str, lanes: int):
+    w, dense = weight(name, 100, 512)  # its last tile is filled up
+    assert w.words.shape[-1] == lanes
+    assert w.padded == (128 if lanes == 32 else 112)
+    np.testing.assert_array_equal(w.dequantize(), dense)
+    np.testing.assert_array_equal(w.dequantize_rows(jnp.array([0, 33, 99])), dense[[0, 33, 99]])
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("rows", [1, 4, 24, 130])
+@pytest.mark.parametrize(("activations", "bound"), [("float", 1e-6), ("int8", 6e-3)])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0"])
+def test_products_with_tiles_of_any_lanes(name: str, activations: str, bound: float, rows: int):
+    w, dense = weight(name, 100, 512)
+    x = normal(rows, 512)
+    found = multiply(x, w, activations)
+    assert relative_error(found, x.astype(np.float64) @ dense.T) <= bound
+
+
+def test_tiles_have_as_many_rows_as_a_processors_vectors_have_lanes():
+    bits = 512 if processor.has_undivided_512_bits() else 256
+    assert bits // 16 == cpu_weight.LANES
