@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qllama_jax.attention import attention
+from qllama_jax.attention import attention, keys_looked_at
 from qllama_jax.layers import linear, rms_norm, swiglu
 from qllama_jax.params import DenseBlock, Linear
 
@@ -230,20 +230,40 @@ def test_keys_that_no_query_of_a_block_sees_cost_nothing():
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("filled", [1, 256, 257, 349, 350, 351, 700])
+@pytest.mark.parametrize("filled", [1, 128, 129, 256, 257, 444, 445, 700])
 def test_one_query_a_row_is_the_formula_however_much_of_the_cache_is_filled(filled: int):
-    S = 700  # more than half filled is computed at once, less in blocks
+    S = 700  # the first 128, 256, 444 or all of them are looked at
     q, k, v = 3 * normal(2, 1, 4, 4), normal(2, 2, 4, S), normal(2, 2, S, 4)
     positions = np.asarray([[filled - 1], [filled // 2]], np.int32)
     found = attention(*map(jnp.asarray, (q, k, v, positions)))
     assert_close(found, attention64(q, k, v, positions))
 
 
-def test_one_query_looks_at_no_more_blocks_of_a_large_cache_than_are_filled():
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("filled", "looked_at"), [(1, 128), (128, 128), (129, 256), (1024, 1024), (1025, 1280)]
+)
+def test_one_query_looks_at_little_more_of_a_large_cache_than_is_filled(
+    filled: int, looked_at: int, stacked: bool
+):
     if jax.default_backend() == "gpu":
         pytest.skip("a GPU looks at all keys")
     q, k, v = normal(1, 1, 2, 4), normal(1, 1, 4, 2048), normal(1, 1, 2048, 4)
-    v[:, :, 256:] = np.inf  # would make NaN of a weight of zero
-    positions = np.asarray([[255]], np.int32)
-    found = attention(*map(jnp.asarray, (q, k, v, positions)))
+    v[:, :, looked_at:] = np.inf  # would make NaN of a weight of zero
+    positions = np.asarray([[filled - 1]], np.int32)
+    arguments = (q, k[None], v[None], positions, np.int32(0)) if stacked else (q, k, v, positions)
+    found = attention(*map(jnp.asarray, arguments))
     assert_close(found, attention64(q, k, v, positions))
+
+
+@pytest.mark.parametrize("room", [1, 100, 128, 256, 700, 4096, 131_072])
+def test_what_one_query_looks_at_follows_what_is_filled(room: int):
+    lengths = keys_looked_at(room)
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == room
+    for filled in {1, 100, 129, 300, 513, 2050, 3000, 70_000, 100_000, 131_072, room}:
+        if filled <= room:
+            least = next(n for n in lengths if n >= filled)
+            most = 2 * filled if filled <= room // 2 else filled + max(256, room // 8)
+            assert least <= max(128, most)
+    assert len(lengths) <= 8 + np.log2(room)
