@@ -48,11 +48,11 @@ ROOMS = {
     "gguf_header": GGUF,
     "gguf_file": GGUF,
     "tensor_file": GGUF,
-    "metadata": ["test_metadata.py", "test_config.py"],
-    "config": ["test_config.py"],
+    "metadata": ["test_metadata.py", "test_config.py", "test_config_refusals.py"],
+    "config": ["test_config.py", "test_config_refusals.py"],
     "tensor_reader": ["test_load_refusals.py", "-k", REFUSALS],
-    "read_params": ["test_load_refusals.py", "test_moe.py", "-k", REFUSALS],
-    "load": ["test_load_refusals.py", "test_moe.py", "-k", REFUSALS],
+    "read_params": ["test_load_refusals.py", "test_moe.py", "test_moe_of_one.py", "-k", REFUSALS],
+    "load": ["test_load_refusals.py", "test_moe.py", "test_moe_of_one.py", "-k", REFUSALS],
     "tokenizer/vocabulary": ["test_mutations.py", "-k", "token or type or score or merge or flag"],
 }
 REFUSES = ("check", "_check", "_refuse", "_expect", "_same")
