@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 
 from qllama_jax.matmul import cpu
 from qllama_jax.matmul.cpu.layouts import GROUP
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import lanes_of
 from qllama_jax.tensor_file import GGUFFile, GGUFTensor
 from qllama_jax.tensor_reader import Layout
 from qllama_jax.tensor_types import BLOCK_SIZES
@@ -34,15 +34,15 @@ def _bytes(tensor: GGUFTensor, packs: bool) -> int:
     if not (packs and cpu.can_pack(tensor.qtype.name, width)):
         return tensor.nbytes
     out, *experts = rows
-    tiles = math.prod(experts) * -(-out // LANES)
+    tiles = math.prod(experts) * -(-out // lanes_of(tensor.qtype.name))
     unit, unit_bytes = _tile_unit(tensor.qtype.name)
     return tiles * (width // unit) * unit_bytes
 
 
 @functools.cache
 def _tile_unit(format: str) -> tuple[int, int]:
-    """Return the fewest weights a row that can be packed, and the bytes of LANES rows of them."""
+    """Return the fewest weights a row that can be packed, and the bytes of a tile of them."""
     block, block_bytes = BLOCK_SIZES[GGMLQuantizationType[format]]
     unit = max(block, GROUP)
-    packed = cpu.pack(format, np.zeros((LANES, unit // block * block_bytes), np.uint8))
+    packed = cpu.pack(format, np.zeros((lanes_of(format), unit // block * block_bytes), np.uint8))
     return unit, packed.nbytes

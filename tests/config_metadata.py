@@ -23,6 +23,8 @@ BASE: dict[str, Any] = {
 }
 
 
+TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
+SCALING, FACTOR, ATTN = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"
 ORIGINAL = "rope.scaling.original_context_length"
 
 

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as QType
 import qllama_jax as ql
 from blocks import blocks_like, dequantize, random_blocks
 from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, pack
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 
 #: Formats that have an integer kernel.
 IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
@@ -73,7 +73,7 @@ NOT_FINITE = [0x7C00, 0x7C01, 0x7DFF, 0x7E00, 0x7FFF, 0xFC00, 0xFFFF]
 
 def check_a_scale_that_is_not_finite(bits: int, rows: int, width: int, activations: str) -> None:
     """It never makes a number."""
-    raw = np.array(blocks_like(normal(LANES, width), QType.Q4_0, np.random.default_rng(0)))
+    raw = np.array(blocks_like(normal(WORD_LANES, width), QType.Q4_0, np.random.default_rng(0)))
     raw[1, 18:20] = np.frombuffer(np.uint16(bits).tobytes(), np.uint8)
     found = multiply(normal(rows, width), on_device("Q4_0", raw), activations)
     assert not np.isfinite(found[:, 1]).any()
@@ -83,10 +83,11 @@ def check_a_scale_that_is_not_finite(bits: int, rows: int, width: int, activatio
 def temporary_bytes(multiply: Any, name: str, shape: tuple[int, int, int], **options: Any) -> int:
     """What `multiply`, jitted, takes; shape: (rows of x, inputs, tiles of the weight)."""
     rows, width, tiles = shape
-    one = pack(name, random_blocks(QType[name], (LANES, width), np.random.default_rng(0)))
+    lanes = lanes_of(name)
+    one = pack(name, random_blocks(QType[name], (lanes, width), np.random.default_rng(0)))
     w = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tiles, *leaf.shape[2:]), leaf.dtype), one
-    ).replace(out=tiles * LANES)
+    ).replace(out=tiles * lanes)
     x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
     memory = multiply.lower(x, w, **options).compile().memory_analysis()
     assert memory is not None

@@ -26,7 +26,7 @@ from cpu_weights import (
 )
 from qllama_jax.matmul.cpu import CPUWeight, int8_kernel, processor, rounding
 from qllama_jax.matmul.cpu.processor import family, instructions, vendor
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import lanes_of
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 each_in_words = pytest.mark.parametrize("name", IN_WORDS)
@@ -154,7 +154,7 @@ def test_no_weight_is_held_dense(name: str):
     product = jax.jit(lambda x, w: ql.matmul(x, w, activations="int8"))
     taken = cpu_weights.temporary_bytes(product, name, (rows, IN, tiles))
     # Two halves of a tile, and its 16-bit words once for each weight.
-    assert taken - 4 * rows * tiles * LANES <= 4 * IN * tiles * LANES / 3
+    assert taken - 4 * rows * tiles * lanes_of(name) <= 4 * IN * tiles * lanes_of(name) / 3
 
 
 def test_the_gradient_is_that_of_the_exact_product():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config_metadata import ORIGINAL, config
+from config_metadata import FACTOR, ORIGINAL, SCALING, SCORES, TOKENS, TYPES, config
 from qllama_jax.config import ModelConfig, RopeScaling
 from qllama_jax.errors import GGUFError
 from qllama_jax.gguf_file import read_gguf
@@ -27,8 +27,6 @@ DEFAULTS = ModelConfig(
     num_experts_per_token=0,
     rope_scaling=None,
 )
-
-TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
 
 
 def test_missing_keys_mean_what_they_mean_to_llama_cpp():

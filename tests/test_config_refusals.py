@@ -7,7 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config_metadata import BASE, INF, NAN, ORIGINAL, config, full
+from config_metadata import (
+    ATTN,
+    BASE,
+    FACTOR,
+    INF,
+    NAN,
+    ORIGINAL,
+    SCALING,
+    SCORES,
+    TOKENS,
+    TYPES,
+    config,
+    full,
+)
 from qllama_jax.errors import GGUFError
 
 HEADS, KV = "attention.head_count", "attention.head_count_kv"
@@ -17,9 +30,6 @@ KEY, VALUE = "attention.key_length", "attention.value_length"
 
 
 EPS, BASE_KEY = "attention.layer_norm_rms_epsilon", "rope.freq_base"
-
-
-SCALING, FACTOR, ATTN = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"
 
 
 PER_LAYER = np.array([4, 4], np.int32)

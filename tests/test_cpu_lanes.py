@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -10,18 +9,14 @@ import numpy as np
 import pytest
 
 from cpu_weights import multiply, normal, relative_error, weight
-from qllama_jax import weight_bytes
-from qllama_jax.matmul.cpu import LAYOUTS, pack, processor, tiles
+from qllama_jax.matmul.cpu import LAYOUTS, processor
 from qllama_jax.matmul.cpu import weight as cpu_weight
-
-# `pack` is the module's function in its package.
-MODULES = (cpu_weight, tiles, weight_bytes, sys.modules[pack.__module__])
+from qllama_jax.matmul.cpu.weight import lanes_of
 
 
 @pytest.fixture(params=[16, 32])
 def lanes(request, monkeypatch) -> Iterator[int]:
-    for module in MODULES:
-        monkeypatch.setattr(module, "LANES", request.param)
+    monkeypatch.setattr(cpu_weight, "WORD_LANES", request.param)
     weight.cache_clear()
     yield request.param
     weight.cache_clear()
@@ -30,8 +25,9 @@ def lanes(request, monkeypatch) -> Iterator[int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_weight_in_tiles_of_any_lanes_is_the_files(name: str, lanes: int):
     w, dense = weight(name, 100, 512)  # its last tile is filled up
-    assert w.words.shape[-1] == lanes
-    assert w.padded == (128 if lanes == 32 else 112)
+    of_words = bool(LAYOUTS[name].words)
+    assert w.words.shape[-1] == lanes_of(name) == (lanes if of_words else 16)
+    assert w.padded == (128 if of_words and lanes == 32 else 112)
     np.testing.assert_array_equal(w.dequantize(), dense)
     np.testing.assert_array_equal(w.dequantize_rows(jnp.array([0, 33, 99])), dense[[0, 33, 99]])
 
@@ -47,6 +43,6 @@ def test_products_with_tiles_of_any_lanes(name: str, activations: str, bound: fl
     assert relative_error(found, x.astype(np.float64) @ dense.T) <= bound
 
 
-def test_tiles_have_as_many_rows_as_a_processors_vectors_have_lanes():
+def test_tiles_of_words_have_as_many_rows_as_a_processors_vectors_have_lanes():
     bits = 512 if processor.has_undivided_512_bits() else 256
-    assert bits // 16 == cpu_weight.LANES
+    assert bits // 16 == cpu_weight.WORD_LANES

@@ -21,7 +21,7 @@ from qllama_jax.matmul import Activations, matmul_expert
 from qllama_jax.matmul.cpu import LAYOUTS, compiler_options, pack, processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
 from qllama_jax.matmul.cpu.tiles import tile_rows
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import lanes_of
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 NUMBERS = [name for name in LAYOUTS if not LAYOUTS[name].words]
@@ -78,7 +78,7 @@ def with_products(
         kernel
         for kernel in kernels(name, rows, maker)
         if sum(
-            (dtype, operation) == (kind, "multiply") and sizes.endswith(f",{LANES}")
+            (dtype, operation) == (kind, "multiply") and sizes.endswith(f",{lanes_of(name)}")
             for dtype, sizes, operation in kernel
         )
         >= count
@@ -92,7 +92,7 @@ def with_products(
 def test_integer_products_share_their_loop_with_no_wider_lanes(name: str, rows: int):
     # LLVM makes vectors of as many lanes as the widest type in a loop allows.
     kernel = with_products(name, rows, "u16", OPERATIONS[name])
-    lanes = {dtype for dtype, sizes, _ in kernel if sizes.endswith(f",{LANES}")}
+    lanes = {dtype for dtype, sizes, _ in kernel if sizes.endswith(f",{lanes_of(name)}")}
     assert lanes == {"u16", "s16"}
 
 
@@ -138,7 +138,7 @@ def test_a_weight_of_a_stack_is_stored_for_no_number_of_rows(
 ):
     # For some rows XLA stored what was gathered once: 1.3 to 13 times as long.
     text = out_of_a_stack(name, rows, activations)
-    gathered = rf"= (?:u16|s16|u8|s8|f16|bf16)\[[\d,]*,{LANES}\]\S* gather\("
+    gathered = rf"= (?:u16|s16|u8|s8|f16|bf16)\[[\d,]*,{lanes_of(name)}\]\S* gather\("
     parts = [part for part in text.split("\n\n") if re.search(gathered, part)]
     assert parts
     for part in parts:
@@ -146,7 +146,7 @@ def test_a_weight_of_a_stack_is_stored_for_no_number_of_rows(
         multiplied = {
             sizes for dtype, sizes, kind in INSTRUCTION.findall(part) if kind == "multiply"
         }
-        assert any(sizes.endswith(f",{LANES}") for sizes in multiplied)
+        assert any(sizes.endswith(f",{lanes_of(name)}") for sizes in multiplied)
 
 
 @pytest.mark.parametrize(("maker", "streams"), [("GenuineIntel", 4), ("AuthenticAMD", 1), ("", 1)])
@@ -158,8 +158,9 @@ def test_a_single_row_meets_as_many_streams_of_words_as_a_processor_reads_best(
     layout = LAYOUTS[name]
     kernel = with_products(name, 1, "u16", OPERATIONS[name], maker)
     found = {sizes for dtype, sizes, kind in kernel if (dtype, kind) == ("u16", "multiply")}
-    outer = 1024 // layout.group // streams, 1024 // LANES, streams
-    wanted = {(*outer, len(words), LANES) for words, _ in layout.factors.alike}
+    lanes = lanes_of(name)
+    outer = 1024 // layout.group // streams, 1024 // lanes, streams
+    wanted = {(*outer, len(words), lanes) for words, _ in layout.factors.alike}
     # XLA leaves out what counts to one.
     assert {tuple(n for n in each.split(",") if n != "1") for each in found} == {
         tuple(str(n) for n in sizes if n != 1) for sizes in wanted
@@ -182,8 +183,8 @@ def test_a_tile_is_cut_out_of_a_weight_before_it_is_dequantized(name: str):
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_a_tile_is_dequantized_from_words_that_lie_side_by_side(name: str):
-    # From tiles of LANES XLA's code gathers numbers one by one: five times as long.
-    size = tile_rows(1024, 1024)
+    # From the weight's own tiles XLA's code gathers numbers one by one: five times as long.
+    size = tile_rows(1024, 1024, lanes_of(name))
     read = [
         sizes
         for kernel in kernels(name, 300)

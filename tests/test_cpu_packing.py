@@ -16,7 +16,7 @@ from cpu_weights import (
     on_device,
 )
 from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, processor
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 every_format = pytest.mark.parametrize("name", list(LAYOUTS))
@@ -61,7 +61,7 @@ def test_rows_looked_up_are_the_dequantized_rows(name: str):
 
 @every_format
 def test_packing_takes_no_more_bytes_than_its_scales_need(name: str):
-    rows, width = 4 * LANES, 2048
+    rows, width = 4 * lanes_of(name), 2048
     raw = random_blocks(QType[name], (rows, width), np.random.default_rng(0))
     grows = {"Q2_K": 16, "Q3_K": 4, "Q4_K": 4, "Q5_K": 4}.get(name, 0)  # bytes a super-block
     assert on_device(name, raw).nbytes == raw.nbytes + rows * width // 256 * grows
@@ -69,16 +69,16 @@ def test_packing_takes_no_more_bytes_than_its_scales_need(name: str):
 
 @each_in_words
 def test_scales_that_are_summed_together_are_one_run_of_memory(name: str):
-    w, _ = weight(name, LANES, 2048)
+    w, _ = weight(name, WORD_LANES, 2048)
     groups = 2048 // w.layout.group
-    assert w.scale.shape == (groups // 8, 1, 8, LANES)
+    assert w.scale.shape == (groups // 8, 1, 8, WORD_LANES)
     assert w.minimum is None or w.minimum.shape == w.scale.shape
 
 
 @pytest.mark.parametrize(("groups", "together"), [(1, 1), (18, 3), (48, 8), (64, 8), (344, 4)])
 def test_a_row_has_an_even_number_of_such_runs_where_it_can(groups: int, together: int):
-    w, _ = weight("Q4_1", LANES, 32 * groups)
-    assert w.scale.shape == (groups // together, 1, together, LANES)
+    w, _ = weight("Q4_1", WORD_LANES, 32 * groups)
+    assert w.scale.shape == (groups // together, 1, together, WORD_LANES)
 
 
 def test_only_rows_of_whole_groups_can_be_packed():

@@ -22,7 +22,7 @@ from cpu_weights import (
     weight,
 )
 from qllama_jax.matmul.cpu import processor, tiles
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import WORD_LANES
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu", "with_bfloat16")
 each_in_words = pytest.mark.parametrize("name", IN_WORDS)
@@ -123,32 +123,33 @@ def test_the_gradient_is_that_of_the_exact_product(dtype: Any):
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
 def test_no_weight_is_held_dense(name: str):
-    rows, out = 100, 2048 * LANES
+    rows, out = 100, 2048 * WORD_LANES
     product = jax.jit(lambda x, w: ql.matmul(x, w, activations="auto"))
     taken = cpu_weights.temporary_bytes(product, name, (rows, IN, 2048))
     assert taken - 4 * rows * out <= 8 * tiles.MOST_ROWS * IN
 
 
+@pytest.mark.parametrize("lanes", [16, 32])
 @pytest.mark.parametrize("width", [576, 2048, 5632, 28_672])
-def test_tiles_are_those_of_a_fast_product_and_repeat_few_rows(width: int):
-    for rows in [*range(LANES, 8192, LANES), 32_000, 128_256]:
-        size = tiles.tile_rows(rows, width)
+def test_tiles_are_those_of_a_fast_product_and_repeat_few_rows(width: int, lanes: int):
+    for rows in [*range(lanes, 8192, lanes), 32_000, 128_256]:
+        size = tiles.tile_rows(rows, width, lanes)
         count = -(-rows // size)
-        assert size % (128 if rows >= 1024 else LANES) == 0
+        assert size % (128 if rows >= 1024 else lanes) == 0
         assert size <= min(rows, 512)
         assert size * width <= 2**21 or size == 128
-        assert count > 1 or rows == LANES
+        assert count > 1 or rows == lanes
         repeated = count * size - rows
-        assert repeated <= max(2 * LANES, rows / 4)
+        assert repeated <= max(2 * lanes, rows / 4)
 
 
 def test_a_wide_tile_is_the_same_rows_and_is_cut_no_further():
-    first, count = LANES, 2 * LANES
-    w, dense = weight("Q4_K", 5 * LANES, IN)
+    first, count = WORD_LANES, 2 * WORD_LANES
+    w, dense = weight("Q4_K", 5 * WORD_LANES, IN)
     part = w.slice_rows(jnp.int32(first), count)
     assert part.shape == (count, IN)
     np.testing.assert_array_equal(part.dequantize(), dense[first : first + count])
-    rows = np.array([0, LANES + 1, count - 1])
+    rows = np.array([0, WORD_LANES + 1, count - 1])
     np.testing.assert_array_equal(part.dequantize_rows(jnp.asarray(rows)), dense[first + rows])
     with pytest.raises(ValueError, match="one tile already"):
-        part.slice_rows(jnp.int32(0), LANES)
+        part.slice_rows(jnp.int32(0), WORD_LANES)

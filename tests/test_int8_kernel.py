@@ -22,7 +22,7 @@ from cpu_weights import (
     relative_error,
 )
 from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, int8_kernel, processor, rounding
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 every_format = pytest.mark.parametrize("name", list(LAYOUTS))
@@ -169,7 +169,7 @@ def test_activations_of_any_size_are_rounded_or_nan(name: str):
 
 @each_in_words
 def test_no_sum_of_tiny_activations_overflows(name: str):
-    raw = farthest_blocks(name, LANES, IN)
+    raw = farthest_blocks(name, WORD_LANES, IN)
     w, dense = on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
     x = np.repeat(np.geomspace(2.0**-120, 2.0**-112, 64)[:, None], IN, axis=1).astype(np.float32)
     most = np.abs(x).astype(np.float64) @ np.abs(dense.T)
@@ -218,7 +218,7 @@ def test_no_sum_overflows_where_all_weights_and_activations_are_extreme(
     name: str, with_residual: bool
 ):
     """|x| as large everywhere as it gets, q at its farthest: the sums that int16 must hold."""
-    raw = farthest_blocks(name, LANES, IN)
+    raw = farthest_blocks(name, WORD_LANES, IN)
     w, dense = on_device(name, raw), dequantize(raw, QType[name]).astype(np.float64)
     # Just below a power of two of steps sums are the largest, and residuals near half a step: some
     # of these are near both.
@@ -292,8 +292,8 @@ def temporary_bytes(name: str, rows: int, tiles: int, activations: str) -> int:
 @pytest.mark.parametrize("rows", [1, 4, 140])
 def test_no_weight_is_held_dense(name: str, rows: int):
     tiles = 512
-    dense = 4 * IN * tiles * LANES
-    output = 4 * rows * tiles * LANES
+    dense = 4 * IN * tiles * lanes_of(name)
+    output = 4 * rows * tiles * lanes_of(name)
     assert temporary_bytes(name, rows, tiles, "auto") - output <= dense / 3
 
 
@@ -303,7 +303,7 @@ def test_sums_of_integers_are_stored_in_16_bits_alone(name: str, activations: st
     tiles = 128
     residuals = 2 if activations == "int8x2" else 1
     groups = IN // LAYOUTS[name].group
-    plane = 2 * groups * tiles * LANES
+    plane = 2 * groups * tiles * WORD_LANES
     # Sums of up to eight groups in float32 are a quarter of those in 16 bits; a copy of these in
     # float32 would be twice as much. XLA copies the two words of fifth bits, of which it takes 32.
     copied = 2 if name.startswith("Q5") else 0

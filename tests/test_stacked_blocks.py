@@ -19,7 +19,7 @@ from matrix import TOKENS
 from qllama_jax import decoding, session
 from qllama_jax.matmul import cpu, matmul_expert
 from qllama_jax.matmul.cpu import LAYOUTS
-from qllama_jax.matmul.cpu.weight import LANES
+from qllama_jax.matmul.cpu.weight import lanes_of
 from qllama_jax.params import StackedBlocks
 from reference import Reference
 from small_model import FLOAT32
@@ -231,7 +231,8 @@ def test_kernels_find_the_numbers_of_rows_stored(load_model, name: str):
             continue
         made = dict(re.findall(r"%(\S+) = \S+ ([\w-]+)\(", part))
         takes = dict(re.findall(r"%(\S+) = \S+ (?:bitcast|broadcast)\(%([^\s,)]+)", part))
-        packed = rf"= (?:{'|'.join(KINDS.values())})\[[\d,]+,{LANES}\]\S* "
+        lanes = "|".join({str(lanes_of(name)) for name in ("Q4_0", "Q8_0")})
+        packed = rf"= (?:{'|'.join(KINDS.values())})\[[\d,]+,(?:{lanes})\]\S* "
         for numbers in re.findall(packed + r"gather\(%\S+, %([^\s,)]+)\)", part):
             while made[numbers] in {"bitcast", "broadcast"}:
                 numbers = takes[numbers]

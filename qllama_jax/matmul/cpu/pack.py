@@ -20,11 +20,11 @@ from gguf import GGMLQuantizationType
 from jaxtyping import UInt8
 
 from qllama_jax.matmul.cpu.layouts import GROUP, LAYOUTS, groups_of_a_sum
-from qllama_jax.matmul.cpu.weight import LANES, TAKES_BFLOAT16, CPUWeight
+from qllama_jax.matmul.cpu.weight import TAKES_BFLOAT16, CPUWeight, lanes_of
 from qllama_jax.tensor_file import aligned_bytes
 from qllama_jax.tensor_types import BLOCK_SIZES
 
-# Words of some rows: uint16[words of a block, nb, tiles, LANES].
+# Words of some rows: uint16[words of a block, nb, tiles, lanes].
 Words = np.ndarray
 # What a thread reads and reorders at a time. Numpy's operations on less are so short that two
 # threads wait for Python's lock: half of it packs Q6_K at 0.6 instead of 0.9 GB/s.
@@ -62,8 +62,8 @@ def can_pack(format: str, width: int) -> bool:
 
 def room_for(format: str, out: int, row_bytes: int, *stack: int) -> CPUWeight:
     """Return memory, not written to yet, for `out` rows that `can_pack`, or a stack of so many."""
-    one = _reorder(format, np.zeros((LANES, row_bytes), np.uint8))
-    tiles = -(-out // LANES)
+    one = _reorder(format, np.zeros((lanes_of(format), row_bytes), np.uint8))
+    tiles = -(-out // lanes_of(format))
     whole = (
         None if array is None else _room(array, 2 if name.startswith("super") else 3, tiles, stack)
         for name, array in one._asdict().items()
@@ -74,21 +74,22 @@ def room_for(format: str, out: int, row_bytes: int, *stack: int) -> CPUWeight:
 def pack(format: str, rows: Rows, room: CPUWeight | None = None) -> CPUWeight:
     """Reorder rows that `can_pack` into `room_for` them, reading some at a time."""
     out, row_bytes = rows.shape
-    tiles = -(-out // LANES)
+    lanes = lanes_of(format)
+    tiles = -(-out // lanes)
     packed = room_for(format, out, row_bytes) if room is None else room
     whole = [getattr(packed, name) for name in Arrays._fields]
 
     def fill(first: int) -> None:
         part = slice(first, min(first + step, tiles))
-        raw = rows[part.start * LANES : min(part.stop * LANES, out)]
-        if missing := -len(raw) % LANES:
+        raw = rows[part.start * lanes : min(part.stop * lanes, out)]
+        if missing := -len(raw) % lanes:
             raw = np.concatenate([raw, np.zeros((missing, row_bytes), np.uint8)])
         for target, source in zip(whole, _reorder(format, raw), strict=True):
             if target is not None and source is not None:
                 _copy(target, source, part)
 
     threads = os.cpu_count() or 1
-    step = max(1, min(_CHUNK_BYTES // (LANES * row_bytes), -(-tiles // threads)))
+    step = max(1, min(_CHUNK_BYTES // (lanes * row_bytes), -(-tiles // threads)))
     filling = [_pool(threads).submit(fill, first) for first in range(0, tiles, step)]
     try:
         for part in filling:
@@ -118,7 +119,7 @@ def _copy(target: np.ndarray, source: np.ndarray, part: slice) -> None:
     target = target.reshape(*groups, tiles, *rest)[..., part, *(slice(None) for _ in rest)]
     if source.strides[-1] == source.itemsize:
         # Lanes that lie side by side are copied 1.5 times as fast as one item.
-        lanes = np.dtype((np.void, LANES * source.itemsize))
+        lanes = np.dtype((np.void, source.shape[-1] * source.itemsize))
         target, source = target.view(lanes), source.view(lanes)
     target[...] = source
 
@@ -129,7 +130,7 @@ def _reorder(format: str, raw: UInt8[np.ndarray, "rows bytes"]) -> Arrays:
     struct_bytes = block_bytes * max(1, GROUP // block)
     unit = np.uint8 if format == "Q8_0" else np.uint16
     units = struct_bytes // unit().itemsize
-    words = raw.view(unit).reshape(-1, LANES, raw.shape[1] // struct_bytes, units)
+    words = raw.view(unit).reshape(-1, lanes_of(format), raw.shape[1] // struct_bytes, units)
     words = words.transpose(3, 2, 0, 1)
     if format.endswith("_K"):
         words = np.ascontiguousarray(words)

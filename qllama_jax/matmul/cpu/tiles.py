@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from qllama_jax.matmul import xla
-from qllama_jax.matmul.cpu.weight import LANES, CPUWeight
+from qllama_jax.matmul.cpu.weight import CPUWeight, lanes_of
 
 # XLA multiplies by tiles of its own: with 192 or 384 rows of a weight at 0.75 to 0.95 of the speed
 # that it has with 256 or 512, and with 1,024, which leave the caches, at 0.9. So a tile is of whole
@@ -36,14 +36,14 @@ def by_tiles(
 
     `xla.dot` does in the dtype of x: where that is bfloat16, it rounds the tile to it too.
     """
-    size = tile_rows(w.padded, w.shape[-1])
+    size = tile_rows(w.padded, w.shape[-1], lanes_of(w.format))
     y = xla.by_tiles(x, w, jnp.int32(0), w.padded, size=size, product=product)
     return y[:, : w.out]
 
 
-def tile_rows(rows: int, width: int) -> int:
-    """Return how many of a weight's rows, a multiple of LANES, are dequantized at once."""
-    unit = UNIT if rows >= MANY_ROWS else LANES
+def tile_rows(rows: int, width: int, lanes: int) -> int:
+    """Return how many of a weight's rows, a multiple of `lanes`, are dequantized at once."""
+    unit = UNIT if rows >= MANY_ROWS else lanes
     # Two tiles at least, see `xla.tile_rows`.
     most = min(MOST_ROWS, MOST_VALUES // width, -(-rows // 2) + unit - 1) // unit
     sizes = [unit * n for n in range(max(1, most), 0, -1)]

@@ -16,11 +16,19 @@ from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.layouts import LAYOUTS, Layout, groups_of_a_float_sum
 from qllama_jax.quants import Leaf
 
-# Rows of a tile: as many as the 16-bit lanes of the widest vectors that the processor works on at
-# once. On an EPYC Turin a step of 1.1B in a session takes with 32 instead of 16 of them 0.94 of its
-# time in Q4_0, 0.93 in Q4_K_M, 1.02 in Q6_K and 1.00 in Q8_0, with 4 rows of Q4_0 0.76; prompts
-# take as long (by turns in one process; jax 0.12).
-LANES = 32 if processor.has_undivided_512_bits() else 16
+# Rows of a tile, of numbers and of words: as many as the float32 and the 16-bit lanes of the widest
+# vectors that the processor works on at once. On an EPYC Turin a step of 1.1B in a session takes
+# with 32 instead of 16 rows of words 0.94 of its time in Q4_0, 0.93 in Q4_K_M, 1.02 in Q6_K, with 4
+# rows of x 0.76 in Q4_0; prompts take as long (by turns in one process). Numbers of 16 bits are
+# read at 31 GB/s with 32 of them, with 16 at 43 (jax 0.12).
+NUMBER_LANES = 16
+WORD_LANES = 32 if processor.has_undivided_512_bits() else 16
+
+
+def lanes_of(format: str) -> int:
+    """Return how many rows of a weight a tile has."""
+    return WORD_LANES if LAYOUTS[format].words else NUMBER_LANES
+
 
 # Before 0.11 XLA converted a bfloat16 weight to float32 as a whole: there its bits are an integer,
 # from which a product takes 1.4 times as long as from bfloat16 after it.
@@ -31,10 +39,10 @@ TAKES_BFLOAT16 = jax.__version_info__ >= (0, 11)
 class CPUWeight:
     """Weights `[out, in]` whose bits are those of the file, in another order.
 
-    A tile is LANES rows, or all that `slice_rows` cuts out; the last one is filled up with zeros. G
-    counts the groups of weights in a row (see `Layout`), nb the super-blocks. The scales of
-    sub-blocks are small integers, and half floats of the super-block multiply them; formats without
-    super-blocks have half floats alone.
+    A tile is as many rows as `lanes_of` says, or all that `slice_rows` cuts out; the last one is
+    filled up with zeros. G counts the groups of weights in a row (see `Layout`), nb the
+    super-blocks. The scales of sub-blocks are small integers, and half floats of the super-block
+    multiply them; formats without super-blocks have half floats alone.
     The scales of c groups that the integer kernel sums (`groups_of_a_sum`) lie side by side, as
     they are read together: else a row of tiles for each is read at a time, in Q4_K 16 of them.
     1.1B in Q4_K_M decodes 1.09 times as fast so, in Q4_0 1.05 (jax 0.12, two cores of an EPYC
@@ -43,10 +51,10 @@ class CPUWeight:
     2.3 %, Q4_K 2.8, Q3_K 3.6, Q2_K 19 (with two scales a byte its sums take twice as long).
     """
 
-    words: Leaf  # uint16[*, G, tiles, n, LANES]; without words a number a weight, n = 32
-    scale: Leaf  # float16, int8 or uint8 [*, G / c, tiles, c, LANES], or None
+    words: Leaf  # uint16[*, G, tiles, n, lanes]; without words a number a weight, n = 32
+    scale: Leaf  # float16, int8 or uint8 [*, G / c, tiles, c, lanes], or None
     minimum: Leaf  # float16 or uint8 alike, or None
-    super_scale: Leaf  # float16[*, nb, tiles, LANES], or None
+    super_scale: Leaf  # float16[*, nb, tiles, lanes], or None
     super_minimum: Leaf  # the same, or None
     format: str = struct.field(pytree_node=False)
     out: int = struct.field(pytree_node=False)
@@ -187,7 +195,7 @@ class CPUWeight:
         return found.reshape(*rows.shape, found.shape[-1])
 
     def slice_rows(self, start: Int32[Array, ""], count: int) -> CPUWeight:
-        """Return `count` rows from row `start`, both multiples of LANES, as one wide tile.
+        """Return `count` rows from row `start`, both multiples of a tile's, as one wide tile.
 
         So what is dequantized lies in memory as it does after it. Rows in many tiles XLA's code
         gathers number by number: [5632, 2048] takes 6.7 ms in Q4_0 and 7.7 in Q4_K, as a wide tile
@@ -196,11 +204,12 @@ class CPUWeight:
         Raises:
             ValueError: this is such a wide tile, of which no rows can be cut.
         """
-        if self.words.shape[-1] != LANES:
+        lanes = lanes_of(self.format)
+        if self.words.shape[-1] != lanes:
             raise ValueError(f"slice_rows: {self} is one tile already, which is cut no further")
         fence = fence_for(start)
         # Computed apart: fused into what follows, a slice makes it scalar.
-        part = fence(self.slice_tiles(lax.div(start, np.int32(LANES)), count // LANES))
+        part = fence(self.slice_tiles(lax.div(start, np.int32(lanes)), count // lanes))
         return fence(jax.tree.map(lambda leaf: _in_one_tile(leaf, axis=1), part))
 
     def slice_tiles(self, start: Int32[Array, ""], count: int) -> CPUWeight:
