@@ -28,11 +28,10 @@ KEY_BLOCK = 128
 # A GPU starts some kernels for each block, in microseconds each: larger ones. Not tuned.
 GPU_QUERY_BLOCK = 512
 GPU_KEY_BLOCK = 512
-# For a query a row: the fewest positions that it looks at, and by how many more in the upper half
-# of a cache, of which it is an eighth at least. XLA compiles a branch for each number: a decoding
-# loop with room for 4,096 in 1.7 instead of 1.3 s.
-FEWEST_KEYS = 128
-MORE_KEYS = 256
+# For a query a row: the keys of a block, and the least room of which more than half is looked at at
+# once. More room than MOST_KEYS makes copies out of a stack that are too large.
+STEP_KEY_BLOCK = 256
+MOST_KEYS = 8192
 
 # The score of a key that is not seen: its exponential is 0 beside any other's. Where none is
 # larger, the scores of the keys that are seen have overflowed, and the result is NaN.
@@ -136,32 +135,49 @@ def _one_query(
     positions: Int32[Array, "B 1"],
     *layer: Int32[Array, ""],
 ) -> Float[Array, "B K G H"]:
-    """Attend in a time that follows what is filled, not the room that there is, but on a GPU.
-
-    To all that is filled at once: in blocks of 256 positions 2,050 of 4,096 take 476 us, the first
-    2,560 at once 308, all 447; of those most go into the copy of keys and values out of the cache
-    of all layers (8 heads on each of 4 kv heads of 64; jax 0.12, two cores of an EPYC Turin).
-    """
+    """Attend in a time that follows what is filled, not the room that there is, but on a GPU."""
     S = v.shape[-2]
-    lengths = keys_looked_at(S)
+    lengths = keys_at_once(S) if layer else [S]
+    in_blocks = S > 2 * STEP_KEY_BLOCK
     arguments = (q, k, v, positions, *layer)
-    if len(lengths) == 1:
+    if len(lengths) == 1 and not in_blocks:
         return _at_once(*arguments, length=S)
+
+    def blocks(q: Array, k: Array, v: Array, positions: Array, *layer: Array) -> Array:
+        rows, options = q[:, :, :, None], {"skip_unseen": True, "layer": layer}
+        return _in_blocks(rows, k, v, positions, STEP_KEY_BLOCK, **options)[:, :, :, 0]
 
     def as_filled(*arguments: Array) -> Array:
         last = arguments[3].max()
-        choice = sum((last >= n).astype(jnp.int32) for n in lengths[:-1])
         branches = [functools.partial(_at_once, length=n) for n in lengths]
+        ends = lengths[:-1]
+        if in_blocks:
+            branches, ends = [blocks, *branches], [S // 2, *ends] if lengths else []
+        if not ends:
+            return branches[0](*arguments)
+        choice = functools.reduce(lax.add, ((last >= n).astype(jnp.int32) for n in ends))
         return lax.switch(choice, branches, *arguments)
 
+    if layer:  # stacks are for CPUs
+        return as_filled(*arguments)
     return _by_platform(as_filled, functools.partial(_at_once, length=S), arguments)
 
 
-def keys_looked_at(room: int) -> list[int]:
-    """Return the numbers of first positions of a cache, of which a query looks at the least."""
-    doubled = [FEWEST_KEYS << i for i in range(room.bit_length())]
-    upper_half = range(room, room // 2, -max(MORE_KEYS, room // 8))
-    return sorted({*(n for n in doubled if 2 * n <= room), *upper_half})
+def keys_at_once(room: int) -> list[int]:
+    """Return of how many first positions a query looks at the least that hold what is filled.
+
+    Where the layers' caches are one stack, out of which they are copied. Half of a room of more
+    than two blocks, and less, is looked at in blocks, and one of more than MOST_KEYS always; in the
+    cache of a layer alone all positions from a half on. 8 heads on each of 4 kv heads of 64, 2,050
+    of 4,096 filled: in blocks 476 us, the first 2,560 at once 308, all 447 (jax 0.12, two cores of
+    an EPYC Turin); 1,025 filled in blocks 192, the first 2,048 at once 308. XLA compiles a branch
+    for each: a decoding loop with room for 4,096 in 1.7 instead of 1.3 s.
+    """
+    if room > MOST_KEYS:
+        return []
+    if room > 2 * STEP_KEY_BLOCK:
+        return sorted(range(room, room // 2, -max(STEP_KEY_BLOCK, room // 8)))
+    return [*(n for n in (STEP_KEY_BLOCK // 2, STEP_KEY_BLOCK) if n < room), room]
 
 
 def _by_platform(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cpu_weights import multiply, normal, relative_error, weight
-from qllama_jax.matmul.cpu import LAYOUTS, processor
+from qllama_jax.matmul.cpu import LAYOUTS
 from qllama_jax.matmul.cpu import weight as cpu_weight
 from qllama_jax.matmul.cpu.weight import lanes_of
 
@@ -43,6 +46,26 @@ def test_products_with_tiles_of_any_lanes(name: str, activations: str, bound: fl
     assert relative_error(found, x.astype(np.float64) @ dense.T) <= bound
 
 
-def test_tiles_of_words_have_as_many_rows_as_a_processors_vectors_have_lanes():
-    bits = 512 if processor.has_undivided_512_bits() else 256
-    assert bits // 16 == cpu_weight.WORD_LANES
+@pytest.mark.parametrize(("family", "lanes"), [(25, 16), (26, 32)])
+def test_tiles_of_words_have_as_many_rows_as_a_processors_vectors_have_lanes(
+    family: int, lanes: int, tmp_path: Path
+):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nflags\t\t: fpu avx512f\n"
+    )
+    # In a process of its own, where the file is read instead of the system's.
+    script = f"""
+import pathlib
+usual = pathlib.Path.open
+def read(path, *arguments, **options):
+    other = pathlib.Path({str(cpuinfo)!r}) if str(path) == "/proc/cpuinfo" else path
+    return usual(other, *arguments, **options)
+pathlib.Path.open = read
+from qllama_jax.matmul.cpu.weight import lanes_of
+print(lanes_of("Q4_0"), lanes_of("Q8_0"))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == [str(lanes), "16"]

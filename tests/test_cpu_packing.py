@@ -41,7 +41,7 @@ def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.nd
 
 
 @every_format
-@pytest.mark.parametrize("out", [1, 16, 37])
+@pytest.mark.parametrize("out", [1, 16, 32, 37])
 def test_a_packed_weight_dequantizes_to_the_bits_of_gguf_py(name: str, out: int):
     raw = random_blocks(QType[name], (out, IN), np.random.default_rng(out))
     w = on_device(name, raw)

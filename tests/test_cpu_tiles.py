@@ -144,7 +144,7 @@ def test_tiles_are_those_of_a_fast_product_and_repeat_few_rows(width: int, lanes
 
 
 def test_a_wide_tile_is_the_same_rows_and_is_cut_no_further():
-    first, count = WORD_LANES, 2 * WORD_LANES
+    first, count = WORD_LANES, 3 * WORD_LANES
     w, dense = weight("Q4_K", 5 * WORD_LANES, IN)
     part = w.slice_rows(jnp.int32(first), count)
     assert part.shape == (count, IN)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qllama_jax.attention import attention, keys_looked_at
+from qllama_jax.attention import attention, keys_at_once
 from qllama_jax.layers import linear, rms_norm, swiglu
 from qllama_jax.params import DenseBlock, Linear
 
@@ -230,21 +230,44 @@ def test_keys_that_no_query_of_a_block_sees_cost_nothing():
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("filled", [1, 128, 129, 256, 257, 444, 445, 700])
+@pytest.mark.parametrize("filled", [1, 128, 256, 257, 349, 350, 351, 700])
 def test_one_query_a_row_is_the_formula_however_much_of_the_cache_is_filled(filled: int):
-    S = 700  # the first 128, 256, 444 or all of them are looked at
+    S = 700  # more than half filled is computed at once, less in blocks
     q, k, v = 3 * normal(2, 1, 4, 4), normal(2, 2, 4, S), normal(2, 2, S, 4)
     positions = np.asarray([[filled - 1], [filled // 2]], np.int32)
     found = attention(*map(jnp.asarray, (q, k, v, positions)))
     assert_close(found, attention64(q, k, v, positions))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(
-    ("filled", "looked_at"), [(1, 128), (128, 128), (129, 256), (1024, 1024), (1025, 1280)]
+    ("room", "filled"),
+    [
+        (1, 1),
+        *((300, n) for n in (1, 128, 129, 256, 257, 300)),
+        *((700, n) for n in (1, 256, 257, 350, 351, 444, 445, 700)),
+        *((8193, n) for n in (1, 4097, 8193)),
+    ],
+)
+def test_one_query_out_of_a_stack_is_the_formula(room: int, filled: int):
+    q, k, v = 3 * normal(2, 1, 4, 4), normal(3, 2, 2, 4, room), normal(3, 2, 2, room, 4)
+    positions = np.asarray([[filled - 1], [filled // 2]], np.int32)
+    found = attention(*map(jnp.asarray, (q, k, v, positions, np.int32(1))))
+    assert_close(found, attention64(q, k[1], v[1], positions))
+
+
+LOOKED_AT = [(1, 256), (256, 256), (257, 512), (1024, 1024)]
+LOOKED_AT_IN_A_STACK = [*LOOKED_AT, (1025, 1280), (1280, 1280), (1281, 1536)]
+
+
+@pytest.mark.parametrize(
+    ("stacked", "filled", "looked_at"),
+    [
+        *((False, *numbers) for numbers in LOOKED_AT),
+        *((True, *numbers) for numbers in LOOKED_AT_IN_A_STACK),
+    ],
 )
 def test_one_query_looks_at_little_more_of_a_large_cache_than_is_filled(
-    filled: int, looked_at: int, stacked: bool
+    stacked: bool, filled: int, looked_at: int
 ):
     if jax.default_backend() == "gpu":
         pytest.skip("a GPU looks at all keys")
@@ -256,14 +279,15 @@ def test_one_query_looks_at_little_more_of_a_large_cache_than_is_filled(
     assert_close(found, attention64(q, k, v, positions))
 
 
-@pytest.mark.parametrize("room", [1, 100, 128, 256, 700, 4096, 131_072])
-def test_what_one_query_looks_at_follows_what_is_filled(room: int):
-    lengths = keys_looked_at(room)
-    assert lengths == sorted(set(lengths))
-    assert lengths[-1] == room
-    for filled in {1, 100, 129, 300, 513, 2050, 3000, 70_000, 100_000, 131_072, room}:
-        if filled <= room:
-            least = next(n for n in lengths if n >= filled)
-            most = 2 * filled if filled <= room // 2 else filled + max(256, room // 8)
-            assert least <= max(128, most)
-    assert len(lengths) <= 8 + np.log2(room)
+def test_what_is_looked_at_at_once_is_the_room_or_little_less():
+    for room in [*range(1, 9000), 131_072]:
+        lengths = keys_at_once(room)
+        assert len(lengths) <= 8
+        if not lengths:
+            assert room > 8192  # copies of all would be large
+            continue
+        assert lengths == sorted(set(lengths))
+        assert lengths[-1] == room
+        if room > 512:
+            assert 2 * lengths[0] > room  # less is looked at in blocks
+            assert max(np.diff([room // 2, *lengths])) <= max(256, room / 8)

@@ -17,7 +17,7 @@ import qllama_jax as ql
 from blocks import blocks_like
 from cpu_weights import multiply, normal, weight
 from meshes import SMALL
-from qllama_jax.attention import MORE_KEYS
+from qllama_jax.attention import STEP_KEY_BLOCK
 from qllama_jax.matmul import matmul_expert
 from qllama_jax.matmul.experts import SeparateExperts
 from qllama_jax.quants import FORMATS
@@ -45,7 +45,7 @@ def prompts() -> jax.Array:
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_forward_by_rows(model, mesh, activations: Any):
-    room = 3 * MORE_KEYS  # attention of a step looks at as much of it as is filled
+    room = 3 * STEP_KEY_BLOCK  # attention goes through it in blocks
 
     def forward(params, tokens):
         cache = ql.init_cache(model.config, tokens.shape[0], room)

@@ -19,7 +19,7 @@ from qllama_jax.matmul.cpu import (
 )
 from qllama_jax.matmul.cpu.layouts import LAYOUTS
 from qllama_jax.matmul.cpu.pack import can_pack, pack, room_for
-from qllama_jax.matmul.cpu.weight import CPUWeight, lanes_of
+from qllama_jax.matmul.cpu.weight import CPUWeight
 
 __all__ = [
     "LAYOUTS",
@@ -114,7 +114,7 @@ def _rounded(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Floa
 def _pull_back(w: CPUWeight, dy: Float[Array, "B out"]) -> tuple[Float[Array, "B in"], None]:
     # The gradient of the exact product: that of rounding is zero everywhere.
     filled = jnp.pad(dy, ((0, 0), (0, w.padded - w.out)))
-    size = tiles.tile_rows(w.padded, w.shape[-1], lanes_of(w.format))
+    size = tiles.tile_rows(w.padded, w.shape[-1], w.words.shape[-1])
     return xla.pull_back(filled, w, jnp.int32(0), w.padded, size=size), None
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from qllama_jax.matmul import xla
-from qllama_jax.matmul.cpu.weight import CPUWeight, lanes_of
+from qllama_jax.matmul.cpu.weight import CPUWeight
 
 # XLA multiplies by tiles of its own: with 192 or 384 rows of a weight at 0.75 to 0.95 of the speed
 # that it has with 256 or 512, and with 1,024, which leave the caches, at 0.9. So a tile is of whole
@@ -36,7 +36,7 @@ def by_tiles(
 
     `xla.dot` does in the dtype of x: where that is bfloat16, it rounds the tile to it too.
     """
-    size = tile_rows(w.padded, w.shape[-1], lanes_of(w.format))
+    size = tile_rows(w.padded, w.shape[-1], w.words.shape[-1])
     y = xla.by_tiles(x, w, jnp.int32(0), w.padded, size=size, product=product)
     return y[:, : w.out]
 

@@ -16,17 +16,17 @@ from qllama_jax.matmul.cpu.fence import fence_for
 from qllama_jax.matmul.cpu.layouts import LAYOUTS, Layout, groups_of_a_float_sum
 from qllama_jax.quants import Leaf
 
-# Rows of a tile, of numbers and of words: as many as the float32 and the 16-bit lanes of the widest
-# vectors that the processor works on at once. On an EPYC Turin a step of 1.1B in a session takes
-# with 32 instead of 16 rows of words 0.94 of its time in Q4_0, 0.93 in Q4_K_M, 1.02 in Q6_K, with 4
-# rows of x 0.76 in Q4_0; prompts take as long (by turns in one process). Numbers of 16 bits are
-# read at 31 GB/s with 32 of them, with 16 at 43 (jax 0.12).
-NUMBER_LANES = 16
-WORD_LANES = 32 if processor.has_undivided_512_bits() else 16
+# Rows of a tile, of numbers and of words. Words have as many as the widest vectors that the
+# processor works on at once have lanes of 16 bits. On an EPYC Turin a step of 1.1B in a session
+# takes with 32 instead of 16 rows of words 0.94 of its time in Q4_0, 0.93 in Q4_K_M, 1.02 in Q6_K,
+# with 4 rows of x 0.76 in Q4_0; prompts take as long (by turns in one process). Numbers of 16 bits
+# are read at 31 GB/s with 32 of them, with 16 at 43 (jax 0.12).
+NUMBER_LANES, MOST_LANES = 16, 32
+WORD_LANES = MOST_LANES if processor.has_undivided_512_bits() else 16
 
 
 def lanes_of(format: str) -> int:
-    """Return how many rows of a weight a tile has."""
+    """Return how many rows a tile has of a weight that is packed here."""
     return WORD_LANES if LAYOUTS[format].words else NUMBER_LANES
 
 
@@ -204,8 +204,8 @@ class CPUWeight:
         Raises:
             ValueError: this is such a wide tile, of which no rows can be cut.
         """
-        lanes = lanes_of(self.format)
-        if self.words.shape[-1] != lanes:
+        lanes = self.words.shape[-1]
+        if lanes > MOST_LANES:
             raise ValueError(f"slice_rows: {self} is one tile already, which is cut no further")
         fence = fence_for(start)
         # Computed apart: fused into what follows, a slice makes it scalar.
