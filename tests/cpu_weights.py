@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType as QType
 
 import qllama_jax as ql
@@ -19,13 +20,18 @@ from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 #: Formats that have an integer kernel.
 IN_WORDS = [name for name in LAYOUTS if LAYOUTS[name].words]
 
+every_format = pytest.mark.parametrize("name", list(LAYOUTS))
+each_in_words = pytest.mark.parametrize("name", IN_WORDS)
+
+OUT, IN = 100, 1024
+
 
 def on_device(name: str, raw: np.ndarray) -> CPUWeight:
     return jax.tree.map(jnp.asarray, pack(name, raw))
 
 
 @functools.cache
-def weight(name: str, out: int, width: int) -> tuple[CPUWeight, np.ndarray]:
+def weight(name: str, out: int = OUT, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
     """A weight of normal values, and what it means in float64."""
     rng = np.random.default_rng(out)
     raw = blocks_like(rng.standard_normal((out, width), dtype=np.float32), QType[name], rng)

@@ -24,16 +24,9 @@ from config_metadata import (
 from qllama_jax.errors import GGUFError
 
 HEADS, KV = "attention.head_count", "attention.head_count_kv"
-
-
 KEY, VALUE = "attention.key_length", "attention.value_length"
-
-
 EPS, BASE_KEY = "attention.layer_norm_rms_epsilon", "rope.freq_base"
-
-
 PER_LAYER = np.array([4, 4], np.int32)
-
 
 # What is wrong -> (keys, the key that the error names, found, wanted)
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {

@@ -16,6 +16,8 @@ from qllama_jax.matmul.cpu import LAYOUTS
 from qllama_jax.matmul.cpu import weight as cpu_weight
 from qllama_jax.matmul.cpu.weight import lanes_of
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
 
 @pytest.fixture(params=[16, 32])
 def lanes(request, monkeypatch) -> Iterator[int]:

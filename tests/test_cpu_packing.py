@@ -8,36 +8,21 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QType
 
-import cpu_weights
 import qllama_jax as ql
 from blocks import dequantize, random_blocks
 from cpu_weights import (
-    IN_WORDS,
+    IN,
+    each_in_words,
+    every_format,
     on_device,
+    weight,
 )
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, can_pack, int8_kernel, processor
+from qllama_jax.matmul.cpu import can_pack
 from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 
-pytestmark = pytest.mark.usefixtures("on_a_cpu")
-every_format = pytest.mark.parametrize("name", list(LAYOUTS))
-each_in_words = pytest.mark.parametrize("name", IN_WORDS)
-IN = 1024
+pytestmark = pytest.mark.usefixtures("on_a_cpu", "without_a_matrix_unit")
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
-integer_product = jax.jit(int8_kernel.multiply, static_argnums=2)
-
-
-@pytest.fixture(autouse=True)
-def without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of every CPU: what one with such a unit has is in test_bfloat16_kernel."""
-    monkeypatch.setattr(processor, "instructions", lambda: frozenset())
-
-
-def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
-    return cpu_weights.weight(name, out, width)
-
-
-# The same weight.
 
 
 @every_format

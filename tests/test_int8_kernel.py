@@ -15,32 +15,22 @@ import cpu_weights
 import qllama_jax as ql
 from blocks import BLOCK_SIZES, blocks_like, dequantize
 from cpu_weights import (
-    IN_WORDS,
+    IN,
     check_zeros_and_what_is_not_finite,
+    each_in_words,
+    every_format,
     normal,
     on_device,
     relative_error,
+    weight,
 )
-from qllama_jax.matmul.cpu import LAYOUTS, CPUWeight, int8_kernel, processor, rounding
+from qllama_jax.matmul.cpu import LAYOUTS, int8_kernel, processor, rounding
 from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 
-pytestmark = pytest.mark.usefixtures("on_a_cpu")
-every_format = pytest.mark.parametrize("name", list(LAYOUTS))
-each_in_words = pytest.mark.parametrize("name", IN_WORDS)
-IN = 1024
+pytestmark = pytest.mark.usefixtures("on_a_cpu", "without_a_matrix_unit")
 
 multiply = jax.jit(ql.matmul, static_argnames="activations")
 integer_product = jax.jit(int8_kernel.multiply, static_argnums=2)
-
-
-@pytest.fixture(autouse=True)
-def without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of every CPU: what one with such a unit has is in test_bfloat16_kernel."""
-    monkeypatch.setattr(processor, "instructions", lambda: frozenset())
-
-
-def weight(name: str, out: int = 100, width: int = IN) -> tuple[CPUWeight, np.ndarray]:
-    return cpu_weights.weight(name, out, width)
 
 
 @every_format

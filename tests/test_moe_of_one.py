@@ -22,7 +22,6 @@ D = 64
 SMALL: dict[str, Any] = {"layers": 1, "embed": D, "ffn": 96, "heads": 4, "kv_heads": 2}
 ROUNDING = 2e-6
 
-
 ONE: dict[str, Any] = SMALL | {"layers": 2, "experts": 1, "experts_used": 1}
 
 
