@@ -139,15 +139,17 @@ def test_positions_in_many_blocks_are_attended_to(load_model, name: str):
 def test_a_weight_of_a_stack_is_multiplied_with(
     name: str, activations: Any, most: float, rows: int
 ):
-    # Three that differ, though of one shape: rows 16 .. 95 of weights of several sizes.
+    # Three that differ, though of one shape: weights of several sizes, from their second tile to
+    # row 95.
     whole = [weight(name, out, 512) for out in (96, 112, 128)]
-    weights = [w.slice_tiles(jnp.int32(1), 5) for w, _ in whole]
+    lanes = lanes_of(name)
+    weights = [w.slice_tiles(jnp.int32(1), 96 // lanes - 1) for w, _ in whole]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     x = normal(rows, 512)
     product = jax.jit(functools.partial(matmul_expert, activations=activations))
     for index, (_, values) in enumerate(whole):
         found = product(x, stack, jnp.int32(index))
-        assert relative_error(found, x.astype(np.float64) @ values[16:96].T) < most
+        assert relative_error(found, x.astype(np.float64) @ values[lanes:96].T) < most
 
 
 @pytest.mark.parametrize("name", FILES)
