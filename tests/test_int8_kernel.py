@@ -24,6 +24,7 @@ from cpu_weights import (
     relative_error,
     weight,
 )
+from qllama_jax.matmul import cpu
 from qllama_jax.matmul.cpu import LAYOUTS, int8_kernel, processor, rounding
 from qllama_jax.matmul.cpu.weight import WORD_LANES, lanes_of
 
@@ -45,6 +46,15 @@ def test_a_float_product_is_that_of_the_dequantized_weight(name: str, batch: tup
     assert (np.abs(np.asarray(found, np.float64) - wanted) <= 2.0**-22 * scale).all()
 
 
+def assert_is_product_of_rounded(
+    found: Any, x: np.ndarray, w: cpu.CPUWeight, dense: np.ndarray, *, with_residual: bool = False
+):
+    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual)
+    wanted = np.asarray(rounded, np.float64) @ dense.T
+    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
+    assert (np.abs(np.asarray(found, np.float64) - wanted) <= 2.0**-21 * scale).all()
+
+
 @each_in_words
 @pytest.mark.parametrize("rows", [1, 4, 9, 40, 140])
 @pytest.mark.parametrize("out", [7, 1000])
@@ -52,12 +62,20 @@ def test_int8_is_the_product_with_rounded_activations(name: str, rows: int, out:
     w, dense = weight(name, out)
     x = normal(rows, IN)
     for activations in ("int8", "int8x2"):
-        with_residual = activations == "int8x2"
-        rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual)
-        wanted = np.asarray(rounded, np.float64) @ dense.T
-        scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
-        found = np.asarray(multiply(jnp.asarray(x), w, activations=activations), np.float64)
-        assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
+        found = multiply(jnp.asarray(x), w, activations=activations)
+        assert_is_product_of_rounded(found, x, w, dense, with_residual=activations == "int8x2")
+
+
+@each_in_words
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("out", [7, 1000])
+def test_a_weight_in_slabs_is_the_same_product(
+    name: str, rows: int, out: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(int8_kernel, "WHOLE_SUMS", 0)
+    w, dense = weight(name, out)
+    x = normal(rows, IN)
+    assert_is_product_of_rounded(cpu_weights.multiply(x, w, "int8"), x, w, dense)
 
 
 @each_in_words
@@ -65,10 +83,7 @@ def test_a_row_in_four_streams_is_the_same_product(name: str, monkeypatch: pytes
     monkeypatch.setattr(processor, "vendor", lambda: "GenuineIntel")
     w, dense = weight(name)
     x = normal(1, IN)
-    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
-    wanted = np.asarray(rounded, np.float64) @ dense.T
-    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
-    assert (np.abs(cpu_weights.multiply(x, w, "int8") - wanted) <= 2.0**-21 * scale).all()
+    assert_is_product_of_rounded(cpu_weights.multiply(x, w, "int8"), x, w, dense)
 
 
 @pytest.mark.parametrize(("rows", "maker"), [(1, ""), (1, "GenuineIntel"), (4, ""), (40, "")])
@@ -81,10 +96,7 @@ def test_rows_meet_any_number_of_groups(
     w, dense = weight("Q4_1", 100, 32 * groups)
     np.testing.assert_array_equal(w.dequantize(), dense)
     x = normal(rows, 32 * groups)
-    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
-    wanted = np.asarray(rounded, np.float64) @ dense.T
-    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
-    assert (np.abs(cpu_weights.multiply(x, w, "int8") - wanted) <= 2.0**-21 * scale).all()
+    assert_is_product_of_rounded(cpu_weights.multiply(x, w, "int8"), x, w, dense)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
@@ -94,11 +106,8 @@ def test_rows_go_through_a_large_weight_in_parts(name: str, rows: int):
     w, dense = weight(name, 2048, 2048)
     assert int8_kernel.most_rows(w, with_residual=False, beside_bfloat16=False) >= rows
     x = normal(rows, 2048)
-    rounded = rounding.round_activations(jnp.asarray(x), w.layout, with_residual=False)
-    wanted = np.asarray(rounded, np.float64) @ dense.T
-    scale = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(dense, axis=-1)
-    found = np.asarray(multiply(jnp.asarray(x), w, activations="int8"), np.float64)
-    assert (np.abs(found - wanted) <= 2.0**-21 * scale).all()
+    found = multiply(jnp.asarray(x), w, activations="int8")
+    assert_is_product_of_rounded(found, x, w, dense)
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8x2", "auto"])
