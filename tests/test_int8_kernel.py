@@ -110,6 +110,12 @@ def test_rows_go_through_a_large_weight_in_parts(name: str, rows: int):
     assert_is_product_of_rounded(found, x, w, dense)
 
 
+def test_rows_go_through_a_small_weight_in_parts():
+    w, dense = weight("Q4_K")
+    x = normal(140, IN)
+    assert_is_product_of_rounded(integer_product(jnp.asarray(x), w, False), x, w, dense)
+
+
 @pytest.mark.parametrize("activations", ["int8", "int8x2", "auto"])
 def test_no_rows_give_no_rows(activations: Any):
     w, _ = weight("Q4_0")

@@ -24,10 +24,10 @@ from qllama_jax.matmul.cpu.rounding import Rounded
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
 # Rows of x, two for each with a residual, up to which a weight is gone through in one piece, and
-# sums of groups up to which it is with more rows too; else it is cut into slabs of some tiles, which
-# are copied. 16 rows times Q4_0 [2048, 2048] take 0.78 of the time in one piece, Q4_K [2048, 5632]
-# 0.72, and half as long to compile; from 11 million sums on they no longer lie in what a program
-# keeps of its memory, and 32 rows times Q6_K [5632, 2048] take 3.4 times as long (jax 0.12, an EPYC
+# sums of groups up to which it is with more rows too; else it is cut into slabs of some tiles,
+# which are copied. 16 rows times Q4_0 [2048, 2048] take 0.78 of the time in one piece, Q4_K [2048,
+# 5632] 0.72, and half as long to compile; but with 22 million sums, for which glibc asks the system
+# for memory each time, 32 rows times Q6_K [5632, 2048] take 3.4 times as long (jax 0.12, an EPYC
 # Turin). With 0.10.2 16 rows of Q4_0 take 1.2 to 1.7 times as long from 2 million sums on.
 WHOLE_ROWS = 8
 WHOLE_SUMS = 2**23 if BARRIER_HOLDS else 2**20
@@ -44,9 +44,9 @@ SLAB_PARTS = 4
 # Rows and columns of a weight from which on, with AVX2, this kernel is the fastest for any rows.
 LARGE = 2048
 # Sums, of all rows, that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise, and
-# 2 or 4 rows times Q4_K [5632, 2048] 1.1 to 1.2 times as long in all (Q4_0 1.05, an EPYC Genoa). 16
-# of 32,000 columns take 65 us otherwise, one row times Q4_0 [2048, 5632], of which there are 22, 1.04
-# times as long in all, 8 rows 0.93 (an EPYC Turin).
+# 2 or 4 rows times Q4_K [5632, 2048] 1.1 to 1.2 times as long in all (Q4_0 1.05, an EPYC Genoa).
+# 16 of 32,000 columns take 65 us otherwise; a row times Q4_0 [2048, 5632], of 22 sums, 1.04 times
+# as long in all, 8 rows 0.93 (an EPYC Turin).
 MOST_PARTS = 96
 
 
