@@ -126,8 +126,10 @@ def sample(
         left = jnp.where(kept(logits, sampling), logits, -jnp.inf)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(keys)
         warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
-        # From the largest down, so that a tiny temperature makes no two of them infinite.
+        # From the largest down, so that a tiny temperature makes no two of them infinite. A huge
+        # one has no reciprocal, of which XLA would make NaN of what is cut.
         scaled = (left - jnp.max(left, axis=-1, keepdims=True)) / warm
+        scaled = jnp.where(left > -jnp.inf, scaled, -jnp.inf)
         drawn = _likeliest(scaled + noise)
         return jnp.where(sampling.temperature > 0, drawn, _likeliest(left))
 

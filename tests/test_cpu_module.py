@@ -6,6 +6,7 @@ Each of these conditions, where it did not hold, cost two to a hundred times the
 from __future__ import annotations
 
 import functools
+import math
 import re
 
 import jax
@@ -20,8 +21,10 @@ from cpu_weights import IN_WORDS
 from qllama_jax.matmul import Activations, matmul_expert
 from qllama_jax.matmul.cpu import LAYOUTS, compiler_options, pack, processor
 from qllama_jax.matmul.cpu.fence import BARRIER_HOLDS
+from qllama_jax.matmul.cpu.int8_kernel import WHOLE_SUMS
 from qllama_jax.matmul.cpu.tiles import tile_rows
 from qllama_jax.matmul.cpu.weight import lanes_of
+from qllama_jax.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 NUMBERS = [name for name in LAYOUTS if not LAYOUTS[name].words]
@@ -238,6 +241,35 @@ def test_the_scales_of_a_weight_are_stored_in_no_other_form(name: str, rows: int
 
 def row_bytes(name: str) -> int:
     return random_blocks(QType[name], (1, 1024), np.random.default_rng(0)).shape[-1]
+
+
+@pytest.mark.skipif(not BARRIER_HOLDS, reason="before jax 0.11 fences are loops")
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_a_dozen_rows_meet_a_weight_of_few_sums_in_one_piece(name: str):
+    assert " while(" not in module(name, 12)
+
+
+def test_many_sums_are_stored_a_slab_at_a_time():
+    w = jax.device_put(
+        pack("Q4_0", random_blocks(QType.Q4_0, (4096, 4096), np.random.default_rng(0)))
+    )
+    text = jax.jit(ql.matmul).lower(jnp.ones((16, 4096)), w).compile().as_text()
+    assert text is not None
+    assert " while(" in text
+    sums = [
+        math.prod(map(int, sizes.split(","))) for sizes in re.findall(r"= s16\[([\d,]+)\]", text)
+    ]
+    assert 0 < max(sums) <= WHOLE_SUMS
+
+
+def test_a_token_is_chosen_by_no_reduction_of_pairs():
+    # Of values and indices: XLA computes them one after the other.
+    logits = jnp.ones((1, 1000))
+    keys, sampling = ql.row_keys(jax.random.key(0), 1), ql.Sampling().per_row(1)
+    recent = jnp.full((1, 64), -1, jnp.int32)
+    text = jax.jit(sample).lower(logits, keys, sampling, recent).compile().as_text()
+    assert text is not None
+    assert not re.search(r"= \(f32\[[^()]*, s32\[[^()]*\) reduce\(", text)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ NOT_FINITE = [np.nan, np.inf, -np.inf]
 def test_one_logit_that_is_not_finite_leaves_no_token_to_choose(
     rows: int, vocab: int, temperature: float, value: float
 ):
-    """XLA's maximum on a CPU passes over a NaN among many, and argmax gives the NaN's index."""
+    """XLA's maximum on a CPU passes over a NaN among many, so the largest alone does not tell."""
     logits = np.random.default_rng(vocab).standard_normal((rows, vocab), np.float32)
     recent, keys = jnp.full((rows, 64), -1), jax.random.split(jax.random.key(0), rows)
     parameters = ql.Sampling(temperature=temperature, top_k=1).per_row(rows)

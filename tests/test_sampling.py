@@ -227,6 +227,9 @@ def test_a_bias_is_added_first_and_minus_infinity_bans():
     for filters in ({}, {"top_k": 2}, {"typical_p": 0.5}, {"top_p": 0.5}, {"min_p": 0.5}):
         tokens = draw(logits, keys_of(2000), temperature=50.0, logit_bias=bias, **filters)
         assert 1 not in tokens
+    bans = np.asarray([0.0, -np.inf, 0.0, -np.inf])
+    tokens = draw(logits, keys_of(100), temperature=1e38, logit_bias=bans)  # 1 / 1e38 is subnormal
+    assert set(tokens.tolist()) == {0, 2}
     every = np.full(4, -np.inf)
     assert draw(logits, keys_of(2), temperature=1.0, logit_bias=every).tolist() == [-1, -1]
 

@@ -23,14 +23,15 @@ from qllama_jax.matmul.cpu.layouts import GROUP, MOST_GROUPS
 from qllama_jax.matmul.cpu.rounding import Rounded
 from qllama_jax.matmul.cpu.weight import CPUWeight
 
-# Rows of x, two for each with a residual, up to which a weight is gone through in one piece, and
-# sums of groups up to which it is with more rows too; else it is cut into slabs of some tiles,
-# which are copied. 16 rows times Q4_0 [2048, 2048] take 0.78 of the time in one piece, Q4_K [2048,
-# 5632] 0.72, and half as long to compile; but with 22 million sums, for which glibc asks the system
-# for memory each time, 32 rows times Q6_K [5632, 2048] take 3.4 times as long (jax 0.12, an EPYC
-# Turin). With 0.10.2 16 rows of Q4_0 take 1.2 to 1.7 times as long from 2 million sums on.
+# Rows of x, two for each with a residual, up to which any weight is gone through in one piece.
 WHOLE_ROWS = 8
-WHOLE_SUMS = 2**23 if BARRIER_HOLDS else 2**20
+# With more rows a weight is too, where no more sums of groups are stored than these; else it is cut
+# into slabs of some tiles, each of which is copied. 16 rows times Q4_0 [2048, 2048] take 0.78 of
+# the time in one piece, Q4_K [2048, 5632] 0.72, and XLA half as long. A layer holds the sums of two
+# products at once, of small ones three: above 32 MiB glibc asks the system for that memory anew for
+# each layer, and a layer takes 1.5 to 1.9 times as long (jax 0.12, an EPYC Turin). With 0.10.2 16
+# rows of Q4_0 take 1.2 to 1.7 times as long from 2 million sums on.
+WHOLE_SUMS = 6 * 2**20 if BARRIER_HOLDS else 2**20
 # Sums of a slab. Before 0.11 XLA makes no use of large ones: 128 rows times Q4_0 [2048, 2048] take
 # 9 ms there, and 28 with 2**22 sums; from 0.11 on 10.3 and 9.5.
 ACCUMULATORS = 2**22 if BARRIER_HOLDS else 2**20
@@ -43,11 +44,11 @@ PART_ROWS = 128
 SLAB_PARTS = 4
 # Rows and columns of a weight from which on, with AVX2, this kernel is the fastest for any rows.
 LARGE = 2048
-# Sums, of all rows, that stage three adds one by one: 6 of 1,536 columns take 3.7 us otherwise, and
-# 2 or 4 rows times Q4_K [5632, 2048] 1.1 to 1.2 times as long in all (Q4_0 1.05, an EPYC Genoa).
-# 16 of 32,000 columns take 65 us otherwise; a row times Q4_0 [2048, 5632], of 22 sums, 1.04 times
-# as long in all, 8 rows 0.93 (an EPYC Turin).
-MOST_PARTS = 96
+# Rows times sums of each, up to which stage three adds these in one kernel with what follows, and
+# not by a reduction. That takes 3.7 us for 6 sums of 1,536 columns and 65 us for 16 of 32,000;
+# with it 2 and 4 rows times Q4_K [5632, 2048] take 1.1 to 1.2 times as long in all, a row times
+# Q4_0 [2048, 5632], of 22 sums, 1.04 times, but 8 rows of those 0.93 (EPYCs, Genoa and Turin).
+ADDED_ONE_BY_ONE = 96
 
 
 def multiply(x: Float[Array, "B in"], w: CPUWeight, with_residual: bool) -> Float32[Array, "B out"]:
@@ -140,7 +141,7 @@ def _product(
     # In the order of groups again, in which the fence would have stored them.
     sums = jnp.moveaxis(sums, 3, 0).reshape(-1, *sums.shape[1:3], sums.shape[-1])
     parts = fence(_scaled_sums(w, x, sums, with_offsets))
-    few = B * len(parts) <= MOST_PARTS
+    few = B * len(parts) <= ADDED_ONE_BY_ONE
     y = functools.reduce(lax.add, parts) if few else parts.sum(0)
     return y.reshape(B, -1)
 
