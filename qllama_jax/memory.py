@@ -108,12 +108,13 @@ def workspace_bytes(config: ModelConfig, batch_size: int, tokens: int) -> int:
 
     In float32 arrays, as XLA takes them on a CPU: for a layer 2.6 of each of its widths, up to 64
     tokens 23, twice for the two layers that may be under way; for choosing a token 15 of the
-    logits; and 32 MiB for tiles of dequantized weights.
+    logits; and 64 MiB for tiles of dequantized weights, or for the integers' sums that a CPU stores
+    of a few rows (`int8_kernel.WHOLE_SUMS`, of two products in each layer).
     """
     c, rows = config, batch_size * tokens
     width = c.embed_dim + (c.num_heads + c.num_kv_heads) * c.head_dim + c.ffn_dim
     layers = max(6 * rows, 48 * min(rows, 64)) * width
-    return 4 * max(layers, 16 * batch_size * c.vocab_size) + 2**25
+    return 4 * max(layers, 16 * batch_size * c.vocab_size) + 2**26
 
 
 def _megabytes(size: int) -> str:

@@ -163,7 +163,14 @@ def test_bytes_told_from_the_tensor_table_are_those_of_the_loaded_weights(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"experts": 8, "experts_used": 2}], ids=["dense", "mixture"]
+    "options",
+    [
+        {},
+        {"experts": 8, "experts_used": 2},
+        # 8 rows with a residual have as many sums as are stored of a weight in one piece.
+        {"layers": 1, "embed": 2048, "ffn": 6112, "heads": 32, "kv_heads": 4, "head_dim": 64},
+    ],
+    ids=["dense", "mixture", "wide"],
 )
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 8), (1, 64), (3, 512)])
 def test_what_two_layers_and_a_choice_take_stays_below_the_bound(
