@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from qllama_jax import cache_tiles
 from qllama_jax.cache import write
+from qllama_jax.cache_tiles import Keys, Values, room_of
 from qllama_jax.carries import varying
 from qllama_jax.matmul import xla
 from qllama_jax.sharding import Partitioning, spec
+from qllama_jax.tiled_attention import attend_to_tiles
 
 # Queries and keys that meet at a time. On a CPU 2,048 queries and keys of 32 heads of 64 take 0.31
 # s of one core so, 0.34 to 0.43 s with larger or smaller blocks, 1.9 s with all keys at once.
@@ -28,11 +31,8 @@ KEY_BLOCK = 128
 # A GPU starts some kernels for each block, in microseconds each: larger ones. Not tuned.
 GPU_QUERY_BLOCK = 512
 GPU_KEY_BLOCK = 512
-# For a query a row.
+# For a query a row, to a layer's own cache.
 STEP_KEY_BLOCK = 256
-# The largest room of which keys and values are copied out of a stack at once: 64 MiB of 8 kv heads
-# of 128. They are at most those of one layer.
-MOST_KEYS = 8192
 
 # The score of a key that is not seen: its exponential is 0 beside any other's. Where none is
 # larger, the scores of the keys that are seen have overflowed, and the result is NaN.
@@ -43,8 +43,8 @@ def store_and_attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    k_cache: Float[Array, "*L B K H S"],
-    v_cache: Float[Array, "*L B K S H"],
+    k_cache: Keys,
+    v_cache: Values,
     positions: Int32[Array, "B T"],
     count: Int32[Array, " B"],
     *layer: Int32[Array, ""],
@@ -52,9 +52,9 @@ def store_and_attend(
 ) -> tuple[Float[Array, "B T N H"], Array, Array]:
     """Write k and v to the cache and attend to it: what q finds, and both buffers.
 
-    The buffers are a layer's, or those of all layers and `layer` the number of the one. (It goes by
-    position, as arrays do in a call that is `apart_on_a_cpu`.) On a mesh each device does so for
-    its own rows and heads.
+    The buffers are a layer's, or those of all layers, in tiles, and `layer` the number of the one.
+    (It goes by position, as arrays do in a call that is `apart_on_a_cpu`.) On a mesh each
+    device does so for its own rows and heads.
     """
     if partitioning is not None:
         assert not layer  # there are no stacks on a mesh
@@ -72,21 +72,24 @@ def store_and_attend(
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "*L B K H S"],
-    v: Float[Array, "*L B K S H"],
+    k: Keys,
+    v: Values,
     positions: Int32[Array, "B T"],
     *layer: Int32[Array, ""],
 ) -> Float[Array, "B T N H"]:
     """Compute softmax(q k^T / sqrt(H)) v over the keys at positions up to each query's own.
 
     The softmax is in float32; kv head n // G serves query head n. k and v are a layer's, or those
-    of all layers and `layer` the number of the one.
+    of all layers, in tiles, and `layer` the number of the one.
     """
     B, T, N, H = q.shape
-    K = k.shape[-3]
+    K = v.shape[-3]
     q = (q * np.asarray(H**-0.5, q.dtype)).reshape(B, T, K, N // K, H)
+    if T == 1 and layer:
+        out = attend_to_tiles(q[:, 0], k, v, positions, *layer, masked=MASKED)
+        return out.reshape(B, T, N, H)
     if T == 1:
-        return _one_query(q[:, 0], k, v, positions, *layer).reshape(B, T, N, H)
+        return _one_query(q[:, 0], k, v, positions).reshape(B, T, N, H)
     if layer:
         blocks = {"query_block": QUERY_BLOCK, "key_block": KEY_BLOCK, "skip_unseen": True}
         return _in_chunks(q, k, v, positions, *layer, **blocks)
@@ -103,8 +106,8 @@ def attention(
 
 def _in_chunks(
     q: Float[Array, "B T K G H"],
-    k: Float[Array, "*L B K H S"],
-    v: Float[Array, "*L B K S H"],
+    k: Keys,
+    v: Values,
     positions: Int32[Array, "B T"],
     *layer: Int32[Array, ""],
     query_block: int,
@@ -131,59 +134,30 @@ def _in_chunks(
 
 def _one_query(
     q: Float[Array, "B K G H"],
-    k: Float[Array, "*L B K H S"],
-    v: Float[Array, "*L B K S H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
     positions: Int32[Array, "B 1"],
-    *layer: Int32[Array, ""],
 ) -> Float[Array, "B K G H"]:
     """Attend in a time that follows what is filled, not the room that there is, but on a GPU."""
     S = v.shape[-2]
-    lengths = keys_at_once(S) if layer else [S]
-    branches: list[Callable[..., Array]] = [functools.partial(_at_once, length=n) for n in lengths]
-    ends = lengths[:-1]  # of all branches but the last
-    if S > 2 * STEP_KEY_BLOCK:
-        branches, ends = [_one_query_in_blocks, *branches], [S // 2, *ends] if lengths else []
-    arguments = (q, k, v, positions, *layer)
-    if not ends:
-        return branches[0](*arguments)
+    if S <= 2 * STEP_KEY_BLOCK:
+        return _at_once(q, k, v, positions)
 
     def as_filled(*arguments: Array) -> Array:
-        last = arguments[3].max()
-        choice = functools.reduce(lax.add, ((last >= n).astype(jnp.int32) for n in ends))
-        return lax.switch(choice, branches, *arguments)
+        mostly = arguments[3].max() >= S // 2
+        return lax.cond(mostly, _at_once, _one_query_in_blocks, *arguments)
 
-    if layer:  # stacks are for CPUs
-        return as_filled(*arguments)
-    return _by_platform(as_filled, functools.partial(_at_once, length=S), arguments)
+    return _by_platform(as_filled, _at_once, (q, k, v, positions))
 
 
 def _one_query_in_blocks(
     q: Float[Array, "B K G H"],
-    k: Float[Array, "*L B K H S"],
-    v: Float[Array, "*L B K S H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
     positions: Int32[Array, "B 1"],
-    *layer: Int32[Array, ""],
 ) -> Float[Array, "B K G H"]:
-    rows = q[:, :, :, None]
-    out = _in_blocks(rows, k, v, positions, STEP_KEY_BLOCK, skip_unseen=True, layer=layer)
+    out = _in_blocks(q[:, :, :, None], k, v, positions, STEP_KEY_BLOCK, skip_unseen=True)
     return out[:, :, :, 0]
-
-
-def keys_at_once(room: int) -> list[int]:
-    """Return of how many first positions a query looks at the least that hold what is filled.
-
-    Where the layers' caches are one stack, out of which they are copied. Half of a room of more
-    than two blocks, and less, is looked at in blocks, and one of more than MOST_KEYS always; in the
-    cache of a layer alone all positions from a half on. 8 heads on each of 4 kv heads of 64, least
-    times with 2,050 of 4,096 filled: in blocks 363 us, the first 2,560 at once 281, all 407; with
-    1,025 in blocks 186, the first 2,048 at once 243 (jax 0.12, two cores of an EPYC Turin). XLA
-    compiles a branch for each: a decoding loop with room for 4,096 in 1.5 to 1.8 instead of 1.3 s.
-    """
-    if room > MOST_KEYS:
-        return []
-    if room > 2 * STEP_KEY_BLOCK:
-        return sorted(range(room, room // 2, -max(STEP_KEY_BLOCK, room // 8)))
-    return [*(n for n in (STEP_KEY_BLOCK // 2, STEP_KEY_BLOCK) if n < room), room]
 
 
 def _by_platform(
@@ -202,29 +176,24 @@ def _by_platform(
 
 def _at_once(
     q: Float[Array, "B K G H"],
-    k: Float[Array, "*L B K H S"],
-    v: Float[Array, "*L B K S H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
     positions: Int32[Array, "B 1"],
-    *layer: Int32[Array, ""],
-    length: int,
 ) -> Float[Array, "B K G H"]:
-    """Attend to the first `length` positions, at which all that is filled lies."""
-    keys = _positions(k, layer, np.int32(0), length, axis=3).astype(q.dtype)
-    values = _positions(v, layer, np.int32(0), length, axis=2).astype(q.dtype)
-    scores = _dot("BKGH,BKHS->BKGS", q, keys)
-    index = lax.broadcasted_iota(jnp.int32, (1, 1, 1, length), 3)
+    scores = _dot("BKGH,BKHS->BKGS", q, k.astype(q.dtype))
+    index = lax.broadcasted_iota(jnp.int32, (1, 1, 1, v.shape[-2]), 3)
     scores = jnp.where(index <= positions[:, :, None, None], scores, MASKED)
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(largest > MASKED, largest, np.float32(np.nan)))
     total = weights.sum(axis=-1, keepdims=True)
-    out = _dot("BKGS,BKSH->BKGH", weights.astype(q.dtype), values)
+    out = _dot("BKGS,BKSH->BKGH", weights.astype(q.dtype), v.astype(q.dtype))
     return (out / total).astype(q.dtype)
 
 
 def _in_blocks(
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "*L B K H S"],
-    v: Float[Array, "*L B K S H"],
+    k: Keys,
+    v: Values,
     positions: Int32[Array, "B T"],
     block_size: int,
     *,
@@ -236,7 +205,7 @@ def _in_blocks(
     With `skip_unseen` blocks that no query sees are not looked at.
     """
     B, K, G, T, H = q.shape
-    S = v.shape[-2]
+    S = room_of(v)
     rows = q.reshape(B, K, G * T, H)
     size = min(S, block_size)
     last = positions.max()
@@ -244,8 +213,8 @@ def _in_blocks(
     def add_block(sums: _Sums, block: Int32[Array, ""]) -> _Sums:
         # Where `size` does not divide S, the last block starts earlier and repeats some keys.
         start = jnp.minimum(block * size, S - size)
-        keys = _positions(k, layer, start, size, axis=3).astype(q.dtype)
-        values = _positions(v, layer, start, size, axis=2).astype(q.dtype)
+        keys, values = _positions(k, v, layer, start, size)
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         scores = _dot("BKRH,BKHS->BKRS", rows, keys)
         index = start + lax.broadcasted_iota(jnp.int32, (1, 1, size), 2)
         seen = (index <= positions[:, :, None]) & (index >= block * size)
@@ -279,19 +248,18 @@ def _in_blocks(
 
 
 def _positions(
-    buffer: Float[Array, "*L B K X Y"],
+    k: Keys,
+    v: Values,
     layer: tuple[Int32[Array, ""], ...],
-    start: Int32[Array | np.int32, ""],
+    start: Int32[Array, ""],
     size: int,
-    *,
-    axis: int,
-) -> Float[Array, "B K X2 Y2"]:
-    """Return some positions, which lie along `axis`, out of a layer's keys or values."""
-    shape = list(buffer.shape[-4:])
-    where: list[Any] = [np.int32(0)] * 4
-    shape[axis], where[axis] = size, start
-    found = lax.dynamic_slice(buffer, (*layer, *where), (*(1 for _ in layer), *shape))
-    return found.reshape(shape)
+) -> tuple[Float[Array, "B K H size"], Float[Array, "B K size H"]]:
+    """Return keys and values at `size` positions from `start` on, of a layer or out of a stack."""
+    if not layer:
+        keys = lax.dynamic_slice_in_dim(k, start, size, axis=3)
+        return keys, lax.dynamic_slice_in_dim(v, start, size, axis=2)
+    keys = cache_tiles.positions(k, layer[0], start, size, axis=-1)
+    return keys, cache_tiles.positions(v, layer[0], start, size, axis=-2)
 
 
 class _Sums(NamedTuple):

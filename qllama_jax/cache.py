@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from qllama_jax.cache_tiles import from_tiles, room_of, tile_width, to_tiles
 from qllama_jax.calls import apart_on_a_cpu
 from qllama_jax.config import ModelConfig
 from qllama_jax.memory import Needs, cache_bytes, check_fits
@@ -30,14 +31,16 @@ class KVCache:
 
     Positions are the last axis of k and not that of v, so both products of attention are of the
     plain form [rows, inner] @ [inner, columns]: with the axes the other way round a decoding step's
-    attention to 128 or 2,048 positions takes 1.5 times as long on a CPU (jax 0.10 and 0.12).
+    attention to 128 or 2,048 positions takes 1.5 times as long on a CPU (jax 0.10 and 0.12). Where
+    all layers lie in one array, they do so in tiles of t = gcd(S, 64) positions (`cache_tiles`): a
+    room of a multiple of 64 decodes fastest.
 
     A row whose length is above S is poisoned: something went past its end or a token was out of
     range, and every logit computed with it is NaN until the row is set back to a valid length.
     """
 
-    k: tuple[Leaf, ...] | Leaf  # a layer: float[B, K, H, S]; stacked: float[L, B, K, H, S]
-    v: tuple[Leaf, ...] | Leaf  # a layer: float[B, K, S, H]; stacked: float[L, B, K, S, H]
+    k: tuple[Leaf, ...] | Leaf  # a layer: float[B, K, H, S]; stacked: float[L, B, S/t, K, H, t]
+    v: tuple[Leaf, ...] | Leaf  # a layer: float[B, K, S, H]; stacked: float[L, B, S/t, K, t, H]
     lengths: Leaf  # int32[B]: filled positions a row
 
     @property
@@ -48,16 +51,29 @@ class KVCache:
     @property
     def max_length(self) -> int:
         """S, the positions that a row has room for."""
-        return self._layer.shape[-1]
+        return room_of(self._values)
 
     @property
     def batch_size(self) -> int:
         """B, the number of rows."""
-        return self._layer.shape[-4]
+        return self._values.shape[1 if self.is_stacked else 0]
 
     @property
-    def _layer(self) -> Any:
-        return self.k if self.is_stacked else self.k[0]
+    def _values(self) -> Any:
+        return self.v if self.is_stacked else self.v[0]
+
+
+def buffer_shapes(
+    config: ModelConfig, batch_size: int, max_length: int, *, stacked: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of a layer's keys and values, or with `stacked` those of all layers."""
+    B, S = batch_size, max_length
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    if not stacked:
+        return (B, K, H, S), (B, K, S, H)
+    width = tile_width(S)
+    tiles = L, B, S // width, K
+    return (*tiles, H, width), (*tiles, width, H)
 
 
 def init_cache(
@@ -86,23 +102,24 @@ def init_cache(
         raise ValueError(f"init_cache: batch_size={batch_size}, max_length={max_length}: below 1")
     _check_positions(max_length)
     B, S, dtype = operator.index(batch_size), operator.index(max_length), jnp.dtype(dtype)
-    K, H = config.num_kv_heads, config.head_dim
     if not isinstance(mesh, Mesh | Partitioning | None):
         raise TypeError(f"mesh={mesh!r}: expected a jax.sharding.Mesh or a model's partitioning")
     partitioning = Partitioning.of(mesh) if isinstance(mesh, Mesh) else mesh
     over, whole = None, None
     if partitioning is not None:
-        over = partitioning.sharding(*partitioning.cache_axes(B, config.num_heads, K))
+        over = partitioning.sharding(
+            *partitioning.cache_axes(B, config.num_heads, config.num_kv_heads)
+        )
         whole = partitioning.sharding()
     lengths = jnp.zeros((B,), jnp.int32, device=whole)
     a_position = cache_bytes(config, B, 1, dtype.itemsize, partitioning)
     what = f"init_cache: batch_size={B}, max_length={S}"
     _check_fits(what, lengths, a_position, S)
-    shapes = (B, K, H, S), (B, K, S, H)
+    shapes = buffer_shapes(config, B, S, stacked=stacked)
     if stacked and partitioning is not None:
         raise ValueError("init_cache: stacked, but on a mesh each layer has its own arrays")
     if stacked:
-        k, v = (jnp.zeros((config.num_layers, *shape), dtype) for shape in shapes)
+        k, v = (jnp.zeros(shape, dtype) for shape in shapes)
         return KVCache(k=k, v=v, lengths=lengths)
     # On a mesh a program would have to suit a surrounding `jax.set_mesh` too.
     zeros = _zeros if over is not None else _zeros_at_once
@@ -139,8 +156,16 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     _check_fits(f"resize_cache: max_length={max_length}", buffers[0], a_position, max_length)
 
     def longer(buffer: Any, axis: int) -> Array:
+        count, width = more, tile_width(max_length)
+        if cache.is_stacked and buffer.shape[axis] != width:
+            return to_tiles(longer_by(more, from_tiles(buffer, axis), axis), width, axis)
+        if cache.is_stacked:
+            axis, count = -4, more // width
+        return longer_by(count, buffer, axis)
+
+    def longer_by(count: int, buffer: Any, axis: int) -> Array:
         padding = [(0, 0)] * buffer.ndim
-        padding[axis] = (0, more)
+        padding[axis] = (0, count)
         return jnp.pad(buffer, padding)
 
     return KVCache(
@@ -179,16 +204,16 @@ def _check_positions(max_length: int) -> None:
 
 
 def write(
-    buffer: Float[Array, "*L B K X Y"],
+    buffer: Float[Array, "L B tiles K X Y"] | Float[Array, "B K X Y"],
     new: Float[Array, "B K X2 Y2"],
     start: Int32[Array, " B"],
     count: Int32[Array, " B"],
     *layer: Int32[Array, ""],
     axis: int,
-) -> Float[Array, "*L B K X Y"]:
+) -> Array:
     """Write new[b, :, :count[b]] at position start[b] of each row (positions lie along `axis`).
 
-    The buffer is a layer's, or those of all layers and `layer` the number of the one.
+    The buffer is a layer's, or those of all layers, in tiles, and `layer` the number of the one.
 
     Nothing else changes: columns of `new` past count[b] are padding and are never stored, and there
     may be more of them than the row has room for. Needs start[b] + count[b] <= S. Rows are written
@@ -200,16 +225,40 @@ def write(
 def _one_by_one(
     buffer: Array, new: Array, start: Array, count: Array, *layer: Array, axis: int
 ) -> Array:
-    new = new.reshape((1,) * len(layer) + new.shape)
     for b in range(start.size):
-        row = lax.slice_in_dim(new, b, b + 1, axis=-4)
-        buffer = _write_row(buffer, row, (*layer, np.int32(b)), start[b], count[b], axis)
+        row = lax.slice_in_dim(new, b, b + 1, axis=0)
+        where = (*layer, np.int32(b))
+        write = _write_to_tiles if layer else _write_row
+        buffer = write(buffer, row, where, start[b], count[b], axis)
     return buffer
 
 
 # Inlined on a CPU it is fused with each reader of the cache, and writes once more for it into a
 # copy: jax 0.10 copied the keys and values of a layer three times a step.
 _write_rows = apart_on_a_cpu(_one_by_one, static_argnames=("axis",))
+
+
+def _write_to_tiles(
+    tiles: Array, new: Array, row: tuple, start: Array, count: Array, axis: int
+) -> Array:
+    """Write as `_write_row` does, to those tiles alone in which T positions can lie."""
+    n, width, T = tiles.shape[2], tiles.shape[axis], new.shape[axis]
+    zero = np.int32(0)
+    if T == 1:
+        at = jnp.minimum(start, n * width - 1)
+        column: list[Any] = [*row, at // width, zero, zero, zero]
+        column[axis] = at % width
+        new = new[None, None].astype(tiles.dtype)
+        old = lax.dynamic_slice(tiles, column, new.shape)
+        fresh = (start == at) & (count > 0)
+        return lax.dynamic_update_slice(tiles, jnp.where(fresh, new, old), column)
+    touched = min(n, -(-(T - 1) // width) + 1)
+    first = jnp.minimum(start // width, n - touched)
+    where = (*row, first, zero, zero, zero)
+    window = lax.dynamic_slice(tiles, where, (1, 1, touched, *tiles.shape[3:]))[0]
+    window = from_tiles(window, axis)
+    window = _write_row(window, new, (zero,), start - first * width, count, axis)
+    return lax.dynamic_update_slice(tiles, to_tiles(window, width, axis)[None], where)
 
 
 def _write_row(

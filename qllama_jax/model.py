@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from qllama_jax.cache import KVCache
+from qllama_jax.cache import KVCache, buffer_shapes
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import rms_norm
 from qllama_jax.matmul import Activations, check_activations, matmul
@@ -292,9 +292,10 @@ def _check_shapes(
     if cache.is_stacked != isinstance(params.blk, StackedBlocks):
         found, wanted = ("one array", "one each") if cache.is_stacked else ("one each", "one array")
         raise ValueError(f"the layers' cache is {found}, wanted {wanted}, as params.blk is")
-    layer = (B, config.num_kv_heads, config.head_dim, cache.max_length)
-    first = jax.tree.leaves(cache.k)[0]
-    found = first.shape[1:] if cache.is_stacked else first.shape
+    layer, _ = buffer_shapes(config, B, cache.max_length, stacked=cache.is_stacked)
+    found = jax.tree.leaves(cache.k)[0].shape
+    if cache.is_stacked:
+        layer, found = layer[1:], found[1:]
     if len(cache.k) != config.num_layers or found != layer:
         raise ValueError(
             f"{B} rows of tokens need a cache of {config.num_layers} layers of {layer}, found"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from qllama_jax.attention import store_and_attend
+from qllama_jax.cache_tiles import Keys, Values
 from qllama_jax.calls import apart_on_a_cpu
 from qllama_jax.config import ModelConfig
 from qllama_jax.layers import linear, rms_norm, swiglu
@@ -41,8 +42,8 @@ class Entry(NamedTuple):
 def run_block(
     block: DenseBlock | MoEBlock,
     x: Float[Array, "B T D"],
-    k_cache: Float[Array, "*L B K H S"],
-    v_cache: Float[Array, "*L B K S H"],
+    k_cache: Keys,
+    v_cache: Values,
     entry: Entry,
     *layer: Int32[Array, ""],
     config: ModelConfig,

@@ -41,6 +41,8 @@ RUNGS = {
     "matmul": 2.0,
     "params": 2.1,
     "cache": 2.0,
+    "cache_tiles": 1.0,
+    "tiled_attention": 2.0,
     "attention": 3.0,
     "layers": 3.0,
     "tensor_reader": 3.0,

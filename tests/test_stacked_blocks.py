@@ -17,6 +17,7 @@ import qllama_jax as ql
 from cpu_weights import normal, relative_error, weight
 from matrix import TOKENS
 from qllama_jax import decoding, session
+from qllama_jax.cache_tiles import TILE
 from qllama_jax.matmul import cpu, matmul_expert
 from qllama_jax.matmul.cpu import LAYOUTS
 from qllama_jax.matmul.cpu.weight import lanes_of
@@ -193,7 +194,9 @@ def compiled_loop(model: ql.Model, room: int = 128) -> str:
 
 @pytest.mark.parametrize("name", ["Q4_0", "two formats", "experts"])
 def test_a_loop_is_as_large_for_many_layers_as_for_few(load_model, name: str):
-    sizes = [compiled_loop(load_model(name, layers=layers)[1]).count(" = ") for layers in (6, 12)]
+    texts = [compiled_loop(load_model(name, layers=layers)[1]) for layers in (6, 12)]
+    # Of constants there are fewer where a number of layers equals another number.
+    sizes = [text.count(" = ") - text.count(" constant(") for text in texts]
     assert sizes[0] == sizes[1]
 
 
@@ -217,7 +220,9 @@ def test_a_loop_copies_neither_weights_nor_the_cache(load_model, name: str, room
     config = model.config
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     # Written in place: what gives the whole cache is the update of it.
-    whole = re.findall(rf"%(\S+) = f32\[{L},1,{K},(?:{room},{H}|{H},{room})\]\S* (\w+)\(", within)
+    tiles = f"{L},1,{room // TILE},{K}"
+    tile = f"(?:{TILE},{H}|{H},{TILE})"
+    whole = re.findall(rf"%(\S+) = f32\[{tiles},{tile}\]\S* (\w+)\(", within)
     names = {name for name, kind in whole if kind in {"copy", "fusion", "transpose"}}
     assert names
     assert all("dynamic-update-slice" in name or "dynamic_update_slice" in name for name in names)
