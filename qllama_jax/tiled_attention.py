@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from qllama_jax.cache_tiles import TILE
 from qllama_jax.carries import varying
+from qllama_jax.matmul.cpu.fence import fence_for
 
 # Sums of one chain of additions wait for each of them: 228 us in 1, 185 in 8 (2,560 positions in
 # float16, as above).
@@ -140,7 +141,7 @@ def _sums(
 
     `start` and `length` are multiples of the tiles' width.
     """
-    (*_, K, H, width), fence = keys.shape, lax.optimization_barrier
+    (*_, K, H, width), fence = keys.shape, fence_for(heads.q)
     tiles = length // width
     # By row numbers a loop reads out of an array what XLA would store as a slice of it first.
     numbers = start // np.int32(width) + np.arange(tiles, dtype=np.int32)
