@@ -75,6 +75,7 @@ def generate(
     banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
     dtype: DTypeLike = jnp.float32,
+    cache_dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Any:
@@ -95,7 +96,10 @@ def generate(
             `Sampling`. -inf bans a token.
         banned_tokens: ids that are never generated, in any row; None: none.
         activations: see `matmul`.
-        dtype: of the activations (see `forward`) and of the KV cache, float32 or bfloat16.
+        dtype: of the activations (see `forward`), float32 or bfloat16.
+        cache_dtype: of the KV cache, float32, bfloat16 or float16. None: float16, as llama.cpp's
+            is, where a CPU decodes float32 activations that it rounds to int8 ("auto" and "int8",
+            up to 8 rows), elsewhere as `dtype`.
         progress: called with (prompt tokens read, prompt tokens in all), first with 0, where a
             prompt is longer than the 512 tokens that are read at a time.
         **sampling: the other fields of `Sampling`, numbers or one a row. By default greedy.
@@ -125,6 +129,7 @@ def generate(
         top_logprobs=top_logprobs,
         activations=activations,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         progress=progress,
     )
     for event in session.run():
@@ -159,6 +164,7 @@ def stream(
     banned_tokens: Sequence[int] | None = (),
     activations: Activations = "auto",
     dtype: DTypeLike = jnp.float32,
+    cache_dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
@@ -184,6 +190,7 @@ def stream(
         top_logprobs=top_logprobs,
         activations=activations,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         progress=progress,
     )
     return _pieces(session, row)

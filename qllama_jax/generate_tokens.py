@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int32, Shaped
 
 from qllama_jax.cache import KVCache, init_cache
+from qllama_jax.cache_tiles import TILE
 from qllama_jax.config import ModelConfig
 from qllama_jax.decoding import Finish, decode_many, prefill, start_decoding
 from qllama_jax.decoding_arguments import row_keys, stop_ids
@@ -82,8 +83,8 @@ def generate_tokens(
     Returns:
         `Decoded`. Its cache holds the prompt and all new tokens but the last. To go on as if
         nothing had been cut, give that token as the next prompt, with `cache` and `history`; the
-        cache that was made here has no room for more, so first make some with `resize_cache`. Rows
-        that end in `Finish.ERROR` failed after `lengths[b]` tokens.
+        cache that was made here has no room for more, or little, so first make some with
+        `resize_cache`. Rows that end in `Finish.ERROR` failed after `lengths[b]` tokens.
 
     Raises:
         ValueError: N, T or penalty_window is below 1, n is not in 0..V, `history` has another
@@ -106,7 +107,10 @@ def generate_tokens(
     stop_tokens = stop_ids(stop_tokens, config.vocab_size)
     if cache is None:
         stacked, mesh = isinstance(params.blk, StackedBlocks), params.partitioning
-        cache = init_cache(config, B, T + max_new_tokens, dtype, mesh=mesh, stacked=stacked)
+        room = T + max_new_tokens
+        if stacked:  # whole tiles decode fastest
+            room = -(-room // TILE) * TILE
+        cache = init_cache(config, B, room, dtype, mesh=mesh, stacked=stacked)
     if T + max_new_tokens > cache.max_length:
         raise ContextOverflowError(
             f"prompt of {T} + {max_new_tokens} new tokens: the cache has {cache.max_length}"

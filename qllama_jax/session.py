@@ -34,6 +34,7 @@ from qllama_jax.session_arguments import (
     PREFILL_CHUNK,
     SMALLEST_PROMPT,
     check_room,
+    dtype_of_cache,
     keys_of,
     power_of_two,
     whole,
@@ -104,6 +105,7 @@ class Session:
         top_logprobs: int,
         progress: Progress | None = None,
         dtype: DTypeLike = jnp.float32,
+        cache_dtype: DTypeLike | None = None,
     ) -> None:
         """Check everything that can be checked before work begins; the errors of `generate`."""
         check_activations(activations)
@@ -115,7 +117,13 @@ class Session:
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
         self.keys = keys_of(seed, len(prompts))
         longest = max(map(len, prompts))
-        check_room(model, len(prompts), longest, max_new_tokens, self.dtype.itemsize)
+        # A loop over layers decodes as fast as a program of them all, and takes XLA a fraction of
+        # the time and memory.
+        looped = model.looped_params if cpu.reads_stacks(len(prompts), activations) else None
+        self._params = model.params if looped is None else looped
+        self._stacked = isinstance(self._params.blk, StackedBlocks)
+        self.cache_dtype = dtype_of_cache(cache_dtype, self.dtype, activations, self._stacked)
+        check_room(model, len(prompts), longest, max_new_tokens, self.cache_dtype.itemsize)
         self.model = model
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
@@ -128,11 +136,6 @@ class Session:
         self._progress = progress
         self._stopped: set[int] = set()
         partitioning = model.params.partitioning
-        # A loop over layers decodes as fast as a program of them all, and takes XLA a fraction of
-        # the time and memory.
-        looped = model.looped_params if cpu.reads_stacks(len(prompts), activations) else None
-        self._params = model.params if looped is None else looped
-        self._stacked = isinstance(self._params.blk, StackedBlocks)
         self._on_hosts = partitioning is not None and partitioning.spans_processes
 
     def stop(self, row: int) -> None:
@@ -177,7 +180,7 @@ class Session:
             limit = min(steps, room, self.max_new_tokens - done)
             arguments = self._params, state, self.sampling, self.stop_tokens, np.int32(limit)
             loop = Program(_decode, arguments, static)
-            kind = ("decode", self._shapes(), state.cache.max_length, *static.values())
+            kind = ("decode", self._kind(), state.cache.max_length, *static.values())
             compile_once(self.model, kind, lambda loop=loop: [loop])
             state, chosen, ran = _decode(*arguments, **static)
             count = int(ran)
@@ -198,8 +201,9 @@ class Session:
         longest = int(lengths.max())
         width = min(power_of_two(longest, SMALLEST_PROMPT), PREFILL_CHUNK)
         mesh = self.model.params.partitioning
-        rows, stacked = len(self.prompts), self._stacked
-        cache = init_cache(self.model.config, rows, width, self.dtype, mesh=mesh, stacked=stacked)
+        rows = len(self.prompts)
+        config, dtype, stacked = self.model.config, self.cache_dtype, self._stacked
+        cache = init_cache(config, rows, width, dtype, mesh=mesh, stacked=stacked)
         last_room = power_of_two(-(-longest // width) * width, width)
         total, logits = int(lengths.sum()), None
         progress = self._progress if longest > width else None
@@ -240,18 +244,19 @@ class Session:
             B, _ = tokens.shape
             logits = jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32)
             filled = jax.eval_shape(
-                lambda: init_cache(config, B, last_room, self.dtype, stacked=self._stacked)
+                lambda: init_cache(config, B, last_room, self.cache_dtype, stacked=self._stacked)
             )
             start = logits, filled, self.recent, self.keys, self.sampling, self.stop_tokens
             yield Program(_start, start, {"top_logprobs": self.top_logprobs})
             yield from layerwise.programs(*arguments, **static)
 
         kind = ("prefill", tokens.shape, cache.max_length, last_room, self.top_logprobs)
-        compile_once(self.model, (*kind, self._shapes(), *static.values()), programs)
+        compile_once(self.model, (*kind, self._kind(), *static.values()), programs)
 
-    def _shapes(self) -> str:
-        """What programs are compiled for besides the model, the rows and the cache."""
-        return str(jax.tree.map(jnp.shape, (self.recent, self.sampling, self.stop_tokens)))
+    def _kind(self) -> tuple[str, str]:
+        """What programs are compiled for besides the model, the rows and the cache's size."""
+        shapes = jax.tree.map(jnp.shape, (self.recent, self.sampling, self.stop_tokens))
+        return str(shapes), self.cache_dtype.name
 
     def _recent(self) -> np.ndarray:
         """`recent_tokens` of the prompts, in numpy: that would compile for every length anew."""

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int32, Key, UInt32
 
 from qllama_jax.errors import ContextOverflowError
 from qllama_jax.load import Model
+from qllama_jax.matmul import Activations
 from qllama_jax.memory import SMALLEST_CACHE, Needs, cache_bytes, check_fits, workspace_bytes
 from qllama_jax.penalties import PENALTY_WINDOW
 from qllama_jax.sampling import Sampling
@@ -54,6 +57,28 @@ def _needs(model: Model, batch_size: int, context: int, itemsize: int) -> Needs:
     growing = cache // 2 if room > SMALLEST_CACHE else 0  # the old cache beside the new one
     workspace = max(workspace_bytes(config, batch_size, chunk), growing)
     return Needs(cache=cache, workspace=workspace, loaded=model.device_nbytes)
+
+
+def dtype_of_cache(
+    asked: DTypeLike | None, dtype: np.dtype, activations: Activations, looped: bool
+) -> np.dtype:
+    """Return the cache's dtype: what was asked for or, if that is None, what serves best.
+
+    `dtype` is that of the activations, `looped` whether a CPU decodes in a loop over layers. To
+    round activations to 8 bits moves logits by far more than to round keys and values to 11, of
+    which a step then reads half as much; what "int8x2" adds to them moves logits by less.
+
+    Raises ValueError for another dtype than float32, bfloat16 or float16.
+    """
+    if asked is None:
+        rounds = looped and activations in ("auto", "int8") and dtype == np.float32
+        return np.dtype(np.float16) if rounds else dtype
+    known = [jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.float16)]
+    try:
+        return known[known.index(jnp.dtype(asked))]
+    except (TypeError, ValueError):
+        wanted = "float32, bfloat16 or float16"
+        raise ValueError(f"cache_dtype={asked!r}: expected {wanted}") from None
 
 
 def keys_of(seed: int | Sequence[int] | np.ndarray | jax.Array, batch_size: int) -> jax.Array:
