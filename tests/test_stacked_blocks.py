@@ -71,6 +71,20 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     return blocks
 
 
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The dtypes of the caches that generations make."""
+    dtypes = []
+
+    def make(*arguments: Any, **options: Any) -> ql.KVCache:
+        cache = ql.init_cache(*arguments, **options)
+        dtypes.extend(str(leaf.dtype) for leaf in jax.tree.leaves((cache.k, cache.v)))
+        return cache
+
+    monkeypatch.setattr(session, "init_cache", make)
+    return dtypes
+
+
 def looped(model: ql.Model) -> ql.Params:
     params = model.looped_params
     assert params is not None
@@ -253,6 +267,28 @@ def test_as_many_rows_go_through_the_loop_as_kernels_take_in_one_piece(rows: int
     assert cpu.reads_stacks(rows, "auto") == cpu.reads_stacks(rows, "int8") == (rows <= 8)
     assert cpu.reads_stacks(rows, "int8x2") == (rows <= 4)
     assert not cpu.reads_stacks(rows, "float")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, "float16"),
+        ({"activations": "int8"}, "float16"),
+        ({"activations": "int8x2"}, "float32"),
+        ({"activations": "float"}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"cache_dtype": "float32"}, "float32"),
+        ({"cache_dtype": "float16", "activations": "float"}, "float16"),
+        ({"cache_dtype": jnp.bfloat16, "prompt": [[5]] * 9}, "bfloat16"),
+        ({"prompt": [[5]] * 9}, "float32"),
+    ],
+)
+def test_keys_and_values_are_rounded_where_activations_are_to_less_or_as_asked(
+    load_model, caches: list[str], options: dict[str, Any], wanted: str
+):
+    _, model = load_model("Q4_0")
+    ql.generate(model, **{"prompt": [5], "max_new_tokens": 2, "ignore_eos": True, **options})
+    assert set(caches) == {wanted}
 
 
 def test_more_rows_take_one_layer_after_another(load_model, decoded: list[type]):

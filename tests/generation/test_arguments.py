@@ -51,6 +51,8 @@ def six_tokens(model, stop_tokens, **fields):
         ([[1], [2]], {"seed": [1, True]}, TypeError, r"seed\[1\]=True"),
         ([1], {"seed": "1"}, TypeError, "seed"),
         ([1], {"seed": 1.0}, TypeError, "seed"),
+        ([1], {"cache_dtype": "int8"}, ValueError, "cache_dtype='int8': expected float32, bf"),
+        ([1], {"cache_dtype": "wide"}, ValueError, "cache_dtype=.wide."),
         ([1], {"top_logprobs": -1}, ValueError, "top_logprobs=-1: expected 0..384"),
         ([1], {"top_logprobs": 385}, ValueError, "top_logprobs=385"),
         ([1], {"top_logprobs": True}, TypeError, "top_logprobs=True"),
