@@ -266,17 +266,17 @@ def test_a_trace_allocates_nothing_and_is_refused_nothing(model: ql.Model, set_f
     assert jax.eval_shape(lambda c: ql.resize_cache(c, 2**20), cache).v[0].shape[2] == 2**20
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("rows", "kind"), [(1, "float16"), (2, "float16"), (1, "float32")])
 def test_the_longest_generation_named_is_accepted_and_one_token_more_refused(
-    model: ql.Model, set_free: Any, rows: int
+    model: ql.Model, set_free: Any, rows: int, kind: str
 ):
     prompt = np.arange(1, 251, dtype=np.int32)
     prompts = [prompt] * rows if rows > 1 else prompt
-    cache = ql.init_cache(model.config, rows, 256)
+    cache = ql.init_cache(model.config, rows, 256, jnp.dtype(kind))
     set_free(workspace_bytes(model.config, rows, 256) + nbytes((cache.k, cache.v)))
 
     def run(new: int) -> Any:
-        return ql.generate(model, prompts, max_new_tokens=new, ignore_eos=True)
+        return ql.generate(model, prompts, max_new_tokens=new, ignore_eos=True, cache_dtype=kind)
 
     with pytest.raises(ql.OutOfMemoryError) as caught:
         run(2000)
@@ -288,7 +288,10 @@ def test_the_longest_generation_named_is_accepted_and_one_token_more_refused(
     assert error.workspace >= workspace_bytes(model.config, rows, 512)
     longest = run(7)
     assert len((longest if rows > 1 else [longest])[0].tokens) == 7
-    for refused in (lambda: run(8), lambda: ql.stream(model, prompt, max_new_tokens=3000)):
+    for refused in (
+        lambda: run(8),
+        lambda: ql.stream(model, prompt, max_new_tokens=3000, cache_dtype=kind),
+    ):
         with pytest.raises(ql.OutOfMemoryError):
             refused()
 
