@@ -87,7 +87,8 @@ def init_cache(
 ) -> KVCache:
     """Return an empty cache, 2 * layers * B * K * S * H numbers.
 
-    With `stacked`, and no mesh, all layers lie in one array, as `StackedBlocks` want them.
+    With `stacked`, and no mesh, all layers lie in one array, as `StackedBlocks` want them: a room
+    of a multiple of 64 decodes fastest (see `KVCache`).
 
     On a mesh, that which the weights were loaded to (`model.params.partitioning` where they were
     with rules of their own), it is cut by kv heads and by rows; where the heads do not divide, by

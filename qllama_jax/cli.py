@@ -132,7 +132,8 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of activations and KV cache (default: float32)",
+        help="of activations and KV cache (default: float32; on a CPU the cache is float16 then"
+        " where it decodes with activations rounded to int8)",
     )
 
 

@@ -292,15 +292,17 @@ def _check_shapes(
     if cache.is_stacked != isinstance(params.blk, StackedBlocks):
         found, wanted = ("one array", "one each") if cache.is_stacked else ("one each", "one array")
         raise ValueError(f"the layers' cache is {found}, wanted {wanted}, as params.blk is")
-    layer, _ = buffer_shapes(config, B, cache.max_length, stacked=cache.is_stacked)
-    found = jax.tree.leaves(cache.k)[0].shape
-    if cache.is_stacked:
-        layer, found = layer[1:], found[1:]
-    if len(cache.k) != config.num_layers or found != layer:
-        raise ValueError(
-            f"{B} rows of tokens need a cache of {config.num_layers} layers of {layer}, found"
-            f" {len(cache.k)} of {found}"
-        )
+    wanted = buffer_shapes(config, B, cache.max_length, stacked=cache.is_stacked)
+    for what, buffers, shape in zip(("keys", "values"), (cache.k, cache.v), wanted, strict=True):
+        layers, found = len(buffers), {leaf.shape for leaf in jax.tree.leaves(buffers)}
+        layer = shape
+        if cache.is_stacked:
+            layer, found = shape[1:], {whole[1:] for whole in found}
+        if layers != config.num_layers or found != {layer}:
+            raise ValueError(
+                f"{B} rows of tokens need a cache of {config.num_layers} layers of {layer} of"
+                f" {what}, found {layers} of {', '.join(map(str, sorted(found)))}"
+            )
     # Rows padded beyond the cache's end are fine where their lengths say that the rest fits.
     if lengths is None and cache.max_length < T:
         raise ValueError(f"{T} tokens a row do not fit a cache of {cache.max_length} positions")

@@ -92,7 +92,11 @@ def attend_to_tiles(
             return lax.cond(seen, add, lambda sums, _: sums, sums, block), None
 
         shape = heads.last.shape
-        none = _Sums(jnp.full(shape, masked), jnp.zeros(shape), jnp.zeros((*shape, H)))
+        none = _Sums(
+            largest=jnp.full(shape, masked),
+            total=jnp.zeros(shape, jnp.float32),
+            out=jnp.zeros((*shape, H), jnp.float32),
+        )
         none = varying(none, heads, keys, values)
         return lax.scan(add_seen, none, jnp.arange(-(-room // size), dtype=jnp.int32))[0]
 

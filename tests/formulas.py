@@ -1,6 +1,8 @@
-"""Formulas in float64 that layers are compared with, and the numbers to compare them by."""
+"""Formulas in float64 that layers are compared with, what they are given, and how near they are."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import numpy as np
@@ -28,3 +30,12 @@ def attention64(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
         weights = np.exp(scores - scores.max())
         out[b, t, n] = (weights / weights.sum()) @ v[b, head, :last]
     return out
+
+
+def in_tiles(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[L, B, K, H, S] and [L, B, K, S, H] as `KVCache` says that all layers' are laid out."""
+    L, B, K, H, S = k.shape
+    t = math.gcd(S, 64)
+    k = k.reshape(L, B, K, H, S // t, t).transpose(0, 1, 4, 2, 3, 5)
+    v = v.reshape(L, B, K, S // t, t, H).transpose(0, 1, 3, 2, 4, 5)
+    return k, v

@@ -368,6 +368,12 @@ def test_what_does_not_fit_is_refused(load_model):
         ql.forward(looped(model), tokens, apart, config=config)
     with pytest.raises(ValueError, match="layers' cache is one array"):
         ql.forward(model.params, tokens, together, config=config)
+    for name in ("k", "v"):
+        x = getattr(together, name)
+        for other in (x[:2], x[:, :, :, :1], x.reshape(*x.shape[:2], 2, *x.shape[3:5], -1)):
+            wrong = dataclasses.replace(together, **{name: other})
+            with pytest.raises(ValueError, match=r"need a cache of 3 layers of \(1, "):
+                ql.forward(looped(model), tokens, wrong, config=config)
     with pytest.raises(ValueError, match="want blocks each"):
         ql.hidden_states(looped(model), tokens, together, config=config, capture=["blk.0.in"])
     with pytest.raises(TypeError, match="no stack"):

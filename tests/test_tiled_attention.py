@@ -8,18 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from formulas import assert_close, attention64, normal
+from formulas import assert_close, attention64, in_tiles, normal
 from qllama_jax.attention import attention
 from qllama_jax.tiled_attention import lengths_at_once
-
-
-def in_tiles(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[L, B, K, H, S] and [L, B, K, S, H] as `KVCache` says that all layers' are laid out."""
-    L, B, K, H, S = k.shape
-    t = math.gcd(S, 64)
-    k = k.reshape(L, B, K, H, S // t, t).transpose(0, 1, 4, 2, 3, 5)
-    v = v.reshape(L, B, K, S // t, t, H).transpose(0, 1, 3, 2, 4, 5)
-    return k, v
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,19 @@ def test_a_product_is_the_same(packed: bool, activations: Any, rows: int):
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("prompt", [3, 600], ids=["at once", "in blocks"])
+def test_a_generation_in_a_loop_over_layers_is_the_same(tiny_llama: Any, prompt: int):
+    small: dict[str, Any] = {"layers": 2, "embed": 64, "ffn": 96, "heads": 4, "kv_heads": 2}
+    model = ql.load(tiny_llama("Q8_0", tokenizer=None, context_length=1024, **small))
+    options: dict[str, Any] = {"max_new_tokens": 5, "ignore_eos": True}
+    ids = [i % 300 for i in range(prompt)]
+    wanted = ql.generate(model, ids, **options)
+    with x64(), jax.numpy_dtype_promotion("standard"):
+        found = ql.generate(model, ids, **options)
+    assert found.tokens == wanted.tokens
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=1e-6)
+
+
 def test_a_generation_of_a_mixture_is_the_same(tiny_llama: Callable[..., Path]):
     small: dict[str, Any] = {"layers": 1, "embed": 64, "ffn": 96, "heads": 4, "kv_heads": 2}
     path = tiny_llama("Q8_0", experts=2, experts_used=1, tokenizer=None, **small)

@@ -238,11 +238,12 @@ def test_shapes_that_do_not_fit_are_refused(small: Small):
     ):
         hidden_of(small, inputs_embeds=jnp.zeros((B, T, D - 1)))
     cache = small.cache()
-    for k in (cache.k[:1], (*cache.k, cache.k[0]), tuple(x[:, :1] for x in cache.k)):
-        with pytest.raises(
-            ValueError, match=r"need a cache of 2 layers of \(3, 2, 16, 32\), found"
-        ):
-            forward(tokens, replace(cache, k=k))
+    shapes = {"k": r"\(3, 2, 16, 32\) of keys", "v": r"\(3, 2, 32, 16\) of values"}
+    for name, shape in shapes.items():
+        x = getattr(cache, name)
+        for other in (x[:1], (*x, x[0]), tuple(y[:, :1] for y in x), (x[0], x[1][:1])):
+            with pytest.raises(ValueError, match=f"need a cache of 2 layers of {shape}, found"):
+                forward(tokens, replace(cache, **{name: other}))
 
 
 # What a profile shows
