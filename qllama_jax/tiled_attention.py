@@ -29,8 +29,8 @@ from qllama_jax.matmul.cpu.fence import fence_for
 # Sums of one chain of additions wait for each of them: 228 us in 1, 185 in 8 (2,560 positions in
 # float16, as above).
 CHAINS = 8
-# The least of which a step looks at some of a room's positions.
-SMALLEST_PART = 128
+# A smaller room is looked at all at once.
+SMALLEST_HALVED = 256
 # Half of a larger room, and less, is looked at in blocks.
 MOST_IN_ONE_PIECE = 512
 # A larger room is looked at in blocks however much is filled: its scores would be large.
@@ -116,10 +116,11 @@ def lengths_at_once(room: int) -> list[int]:
     """Return of how many first positions a step looks at the least that hold what is filled.
 
     In a room of more than MOST_IN_ONE_PIECE at most a fifth and two tiles in vain; half of it and
-    less is looked at in blocks. XLA compiles a branch for each, in some 0.2 s.
+    less is looked at in blocks. XLA compiles a branch for each, in some 0.2 s and 10 to 20 MB.
     """
     if room <= MOST_IN_ONE_PIECE:
-        return [*(n for n in (SMALLEST_PART, 2 * SMALLEST_PART) if n < room), room]
+        half = room // 2 // TILE * TILE
+        return [half, room] if room >= SMALLEST_HALVED else [room]
     if room > MOST_AT_ONCE:
         return []
     lengths = {int(room / 2 * 2 ** (i / 4)) // TILE * TILE for i in (1, 2, 3)}

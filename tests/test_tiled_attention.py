@@ -18,7 +18,8 @@ from qllama_jax.tiled_attention import lengths_at_once
     [
         (1, 1),
         *((300, n) for n in (1, 128, 129, 256, 257, 300)),  # in tiles of 4
-        *((512, n) for n in (64, 128, 129, 257, 512)),
+        *((256, n) for n in (64, 128, 129)),
+        *((512, n) for n in (64, 256, 257, 512)),
         *((704, n) for n in (1, 512, 513, 352, 353, 449, 704)),
         *((701, n) for n in (350, 351, 701)),  # in tiles of 1
         *((8192, n) for n in (1025, 5120, 8192)),
@@ -87,7 +88,9 @@ def test_what_is_looked_at_at_once_is_the_room_or_little_less():
         assert lengths == sorted(set(lengths))
         assert lengths[-1] == room
         assert not any(n % math.gcd(room, 64) for n in lengths)  # whole tiles
-        if room > 512:
+        if room <= 512:
+            assert lengths[0] <= max(255, room / 2)
+        else:
             assert 2 * lengths[0] > room  # less is looked at in blocks
             # At most a fifth in vain, and two tiles.
             begins = [room / 2, *lengths[:-1]]
