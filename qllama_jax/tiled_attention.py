@@ -3,12 +3,13 @@
 XLA's products of matrices on a CPU take no part of an array: a layer's keys and values would be
 copied out of the stack for them, in two thirds of the time that attention takes. The sums here are
 loops of one kernel each, over a number of a key, or a position, a term. 32 heads of 64 on 4 kv
-heads, a layer of 22, least times in us of the copies and products, and of this (float32, jax 0.12,
-two cores of an EPYC Turin; in brackets with AVX2 alone):
+heads, a layer of 22, least times in us of the copies and products, and of this (jax 0.12, two cores
+of an EPYC Turin; in brackets with AVX2 alone):
 
-    the first   128          256    512           2,304
-    copied      41 (41)      51     64 (109)      289 (269)
-    in place    25 (31)      35     58 (94)       215 (286)
+    filled, of   120, 128   250, 256   500, 512   2,200, 4,096
+    copied       30 (33)    45 (50)    69 (63)    279 (282)
+    float32      22 (34)    35 (47)    56 (75)    212 (291)
+    float16      23 (28)    32 (43)    50 (69)    170 (255)
 """
 
 from __future__ import annotations
