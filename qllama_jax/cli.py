@@ -132,8 +132,8 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of activations and KV cache (default: float32; on a CPU the cache is float16 then"
-        " where it decodes with activations rounded to int8)",
+        help="of activations and KV cache (default: float32; beside activations that a CPU rounds"
+        " to int8 the cache is float16 then)",
     )
 
 

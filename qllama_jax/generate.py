@@ -98,8 +98,8 @@ def generate(
         activations: see `matmul`.
         dtype: of the activations (see `forward`), float32 or bfloat16.
         cache_dtype: of the KV cache, float32, bfloat16 or float16. None: float16, as llama.cpp's
-            is, where a CPU decodes float32 activations that it rounds to int8 ("auto" and "int8",
-            up to 8 rows), elsewhere as `dtype`.
+            is, where a CPU decodes up to 8 rows of float32 in a loop over layers with activations
+            "auto" or "int8", elsewhere as `dtype`.
         progress: called with (prompt tokens read, prompt tokens in all), first with 0, where a
             prompt is longer than the 512 tokens that are read at a time.
         **sampling: the other fields of `Sampling`, numbers or one a row. By default greedy.

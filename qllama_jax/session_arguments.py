@@ -66,7 +66,8 @@ def dtype_of_cache(
 
     `dtype` is that of the activations, `looped` whether a CPU decodes in a loop over layers. To
     round activations to 8 bits moves logits by far more than to round keys and values to 11, of
-    which a step then reads half as much; what "int8x2" adds to them moves logits by less.
+    which a step then reads half as much; what "int8x2" adds to them moves logits by less. (With F16
+    and BF16 weights "auto" rounds nothing: there as in llama.cpp, whose cache is float16 too.)
 
     Raises ValueError for another dtype than float32, bfloat16 or float16.
     """
