@@ -157,23 +157,25 @@ def resize_cache(cache: KVCache, max_length: int) -> KVCache:
     _check_fits(f"resize_cache: max_length={max_length}", buffers[0], a_position, max_length)
 
     def longer(buffer: Any, axis: int) -> Array:
-        count, width = more, tile_width(max_length)
-        if cache.is_stacked and buffer.shape[axis] != width:
-            return to_tiles(longer_by(more, from_tiles(buffer, axis), axis), width, axis)
-        if cache.is_stacked:
-            axis, count = -4, more // width
-        return longer_by(count, buffer, axis)
-
-    def longer_by(count: int, buffer: Any, axis: int) -> Array:
-        padding = [(0, 0)] * buffer.ndim
-        padding[axis] = (0, count)
-        return jnp.pad(buffer, padding)
+        width = tile_width(max_length)
+        if not cache.is_stacked:
+            return _with_zeros(buffer, axis, more)
+        if buffer.shape[axis] == width:
+            return _with_zeros(buffer, -4, more // width)
+        return to_tiles(_with_zeros(from_tiles(buffer, axis), axis, more), width, axis)
 
     return KVCache(
         k=jax.tree.map(lambda k: longer(k, -1), cache.k),
         v=jax.tree.map(lambda v: longer(v, -2), cache.v),
         lengths=jnp.where(cache.lengths > cache.max_length, max_length + 1, cache.lengths),
     )
+
+
+def _with_zeros(x: Any, axis: int, count: int) -> Array:
+    """Return x with so many zeros behind it along an axis."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, count)
+    return jnp.pad(x, padding)
 
 
 def _check_fits(what: str, like: Any, a_position: int, max_length: int) -> None:
