@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from qllama_jax import cache_tiles
 from qllama_jax.cache import write
 from qllama_jax.cache_tiles import Keys, Values, room_of
-from qllama_jax.carries import varying
 from qllama_jax.matmul import xla
 from qllama_jax.sharding import Partitioning, spec
+from qllama_jax.softmax_sums import MASKED, Sums, over_blocks
 from qllama_jax.tiled_attention import attend_to_tiles
 
 # Queries and keys that meet at a time. On a CPU 2,048 queries and keys of 32 heads of 64 take 0.31
@@ -33,10 +32,6 @@ GPU_QUERY_BLOCK = 512
 GPU_KEY_BLOCK = 512
 # For a query a row, to a layer's own cache.
 STEP_KEY_BLOCK = 256
-
-# The score of a key that is not seen: its exponential is 0 beside any other's. Where none is
-# larger, the scores of the keys that are seen have overflowed, and the result is NaN.
-MASKED = np.float32(-1e30)
 
 
 def store_and_attend(
@@ -86,7 +81,7 @@ def attention(
     K = v.shape[-3]
     q = (q * np.asarray(H**-0.5, q.dtype)).reshape(B, T, K, N // K, H)
     if T == 1 and layer:
-        out = attend_to_tiles(q[:, 0], k, v, positions, *layer, masked=MASKED)
+        out = attend_to_tiles(q[:, 0], k, v, positions, *layer)
         return out.reshape(B, T, N, H)
     if T == 1:
         return _one_query(q[:, 0], k, v, positions).reshape(B, T, N, H)
@@ -200,7 +195,7 @@ def _in_blocks(
     skip_unseen: bool,
     layer: tuple[Int32[Array, ""], ...] = (),
 ) -> Float[Array, "B K G T H"]:
-    """Attend to a block of keys at a time (Milakov & Gimelshein 2018).
+    """Attend to a block of keys at a time.
 
     With `skip_unseen` blocks that no query sees are not looked at.
     """
@@ -208,43 +203,29 @@ def _in_blocks(
     S = room_of(v)
     rows = q.reshape(B, K, G * T, H)
     size = min(S, block_size)
-    last = positions.max()
 
-    def add_block(sums: _Sums, block: Int32[Array, ""]) -> _Sums:
+    def add(sums: Sums, block: Int32[Array, ""]) -> Sums:
         # Where `size` does not divide S, the last block starts earlier and repeats some keys.
         start = jnp.minimum(block * size, S - size)
         keys, values = _positions(k, v, layer, start, size)
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         scores = _dot("BKRH,BKHS->BKRS", rows, keys)
         index = start + lax.broadcasted_iota(jnp.int32, (1, 1, size), 2)
-        seen = (index <= positions[:, :, None]) & (index >= block * size)
-        scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, size), MASKED)
+        visible = (index <= positions[:, :, None]) & (index >= block * size)
+        scores = jnp.where(visible[:, None, None], scores.reshape(B, K, G, T, size), MASKED)
         scores = scores.reshape(B, K, G * T, size)
         largest = jnp.maximum(sums.largest, scores.max(-1))
         weights = jnp.exp(scores - largest[..., None])
         old = jnp.exp(sums.largest - largest)
         out = _dot("BKRS,BKSH->BKRH", weights.astype(q.dtype), values)
-        return _Sums(largest, old * sums.total + weights.sum(-1), old[..., None] * sums.out + out)
+        return Sums(largest, old * sums.total + weights.sum(-1), old[..., None] * sums.out + out)
 
-    def add_seen_block(sums: _Sums, block: Int32[Array, ""]) -> tuple[_Sums, None]:
-        if not skip_unseen:
-            return add_block(sums, block), None
-        seen = block * size <= last
-        return lax.cond(seen, add_block, lambda sums, _: sums, sums, block), None
+    def seen(block: Int32[Array, ""]) -> Array:
+        return block * size <= positions.max()
 
-    sums = _Sums(
-        largest=jnp.full((B, K, G * T), MASKED),
-        total=jnp.zeros((B, K, G * T), jnp.float32),
-        out=jnp.zeros((B, K, G * T, H), jnp.float32),
-    )
-    sums = varying(sums, q, k, v, positions)
-    blocks = -(-S // size)
-    if blocks == 1:
-        sums = add_block(sums, jnp.int32(0))
-    else:
-        sums, _ = lax.scan(add_seen_block, sums, jnp.arange(blocks, dtype=jnp.int32))
-    total = jnp.where(sums.largest > MASKED, sums.total, np.float32(np.nan))
-    return (sums.out / total[..., None]).astype(q.dtype).reshape(q.shape)
+    some = seen if skip_unseen else None
+    sums = over_blocks(add, -(-S // size), (B, K, G * T, H), some, q, k, v, positions)
+    return sums.mean.astype(q.dtype).reshape(q.shape)
 
 
 def _positions(
@@ -260,14 +241,6 @@ def _positions(
         return keys, lax.dynamic_slice_in_dim(v, start, size, axis=2)
     keys = cache_tiles.positions(k, layer[0], start, size, axis=-1)
     return keys, cache_tiles.positions(v, layer[0], start, size, axis=-2)
-
-
-class _Sums(NamedTuple):
-    """Over the keys so far, with weights exp(score - largest)."""
-
-    largest: Float32[Array, "B K rows"]
-    total: Float32[Array, "B K rows"]
-    out: Float32[Array, "B K rows H"]
 
 
 def _dot(spec: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float32[Array, ...]:

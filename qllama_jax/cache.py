@@ -231,8 +231,8 @@ def _one_by_one(
     for b in range(start.size):
         row = lax.slice_in_dim(new, b, b + 1, axis=0)
         where = (*layer, np.int32(b))
-        write = _write_to_tiles if layer else _write_row
-        buffer = write(buffer, row, where, start[b], count[b], axis)
+        write_one = _write_to_tiles if layer else _write_row
+        buffer = write_one(buffer, row, where, start[b], count[b], axis)
     return buffer
 
 

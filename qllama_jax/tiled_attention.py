@@ -24,8 +24,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from qllama_jax.cache_tiles import TILE
-from qllama_jax.carries import varying
 from qllama_jax.matmul.cpu.fence import fence_for
+from qllama_jax.softmax_sums import MASKED, Sums, over_blocks
 
 # Sums of one chain of additions wait for each of them: 228 us in 1, 185 in 8 (2,560 positions in
 # float16, as above).
@@ -45,27 +45,16 @@ class _Heads(NamedTuple):
     last: Int32[Array, " heads"]  # position that the query sees
 
 
-class _Sums(NamedTuple):
-    """Over some positions, with weights exp(score - largest)."""
-
-    largest: Float32[Array, " heads"]
-    total: Float32[Array, " heads"]
-    out: Float32[Array, "heads H"]
-
-
 def attend_to_tiles(
     q: Float[Array, "B K G H"],
     keys: Float[Array, "L B tiles K H width"],
     values: Float[Array, "L B tiles K width H"],
     positions: Int32[Array, "B 1"],
     layer: Int32[Array, ""],
-    *,
-    masked: np.float32,
 ) -> Float[Array, "B K G H"]:
     """Compute softmax(q k^T) v over the keys at positions up to each row's own.
 
-    In a time that follows what is filled, not the room that there is. `masked` is the score of a
-    key that is not seen; where none is larger the result is NaN.
+    In a time that follows what is filled, not the room that there is.
     """
     B, K, G, H = q.shape
     n, width = keys.shape[2], keys.shape[-1]
@@ -74,50 +63,40 @@ def attend_to_tiles(
     first = (layer * np.int32(B) + np.arange(B, dtype=np.int32)) * np.int32(n * K)
     first = jnp.repeat(first[:, None] + np.arange(K, dtype=np.int32)[None], G)
     heads = _Heads(q.reshape(B * K * G, H), first, jnp.repeat(positions[:, 0], K * G))
-    parts = functools.partial(_sums, masked=masked)
 
-    def at_once(length: int, heads: _Heads, keys: Array, values: Array) -> _Sums:
-        return parts(heads, keys, values, np.int32(0), np.int32(0), length=length)
+    def at_once(length: int, heads: _Heads, keys: Array, values: Array) -> Sums:
+        return _sums(heads, keys, values, np.int32(0), np.int32(0), length=length)
 
-    def in_blocks(heads: _Heads, keys: Array, values: Array) -> _Sums:
+    def in_blocks(heads: _Heads, keys: Array, values: Array) -> Sums:
         size = block_size(room)
 
-        def add(sums: _Sums, block: Array) -> _Sums:
+        def add(sums: Sums, block: Array) -> Sums:
             # Where `size` does not divide the room, the last block starts earlier and repeats some.
             begin = block * np.int32(size)
             start = jnp.minimum(begin, np.int32(room - size))
-            return _merge(sums, parts(heads, keys, values, start, begin, length=size))
+            return _merge(sums, _sums(heads, keys, values, start, begin, length=size))
 
-        def add_seen(sums: _Sums, block: Array) -> tuple[_Sums, None]:
-            seen = block * np.int32(size) <= heads.last.max()
-            return lax.cond(seen, add, lambda sums, _: sums, sums, block), None
+        def seen(block: Array) -> Array:
+            return block * np.int32(size) <= heads.last.max()
 
-        shape = heads.last.shape
-        none = _Sums(
-            largest=jnp.full(shape, masked),
-            total=jnp.zeros(shape, jnp.float32),
-            out=jnp.zeros((*shape, H), jnp.float32),
-        )
-        none = varying(none, heads, keys, values)
-        return lax.scan(add_seen, none, jnp.arange(-(-room // size), dtype=jnp.int32))[0]
+        return over_blocks(add, -(-room // size), heads.q.shape, seen, heads, keys, values)
 
     lengths = lengths_at_once(room)
-    branches: list[Callable[..., _Sums]] = [functools.partial(at_once, n) for n in lengths]
+    branches: list[Callable[..., Sums]] = [functools.partial(at_once, n) for n in lengths]
     ends = lengths[:-1]  # of all branches but the last
     if room > MOST_IN_ONE_PIECE:
         branches, ends = [in_blocks, *branches], [room // 2, *ends] if lengths else []
     passed = ((positions.max() >= end).astype(jnp.int32) for end in ends)
     choice = functools.reduce(lax.add, passed, jnp.int32(0))
-    largest, total, out = lax.switch(choice, branches, heads, keys, values)
-    total = jnp.where(largest > masked, total, np.float32(np.nan))
-    return (out / total[:, None]).astype(q.dtype).reshape(B, K, G, H)
+    sums = lax.switch(choice, branches, heads, keys, values)
+    return sums.mean.astype(q.dtype).reshape(B, K, G, H)
 
 
 def lengths_at_once(room: int) -> list[int]:
     """Return of how many first positions a step looks at the least that hold what is filled.
 
     In a room of more than MOST_IN_ONE_PIECE at most a fifth and two tiles in vain; half of it and
-    less is looked at in blocks. XLA compiles a branch for each, in some 0.2 s and 10 to 20 MB.
+    less is looked at in blocks. XLA compiles a branch for each, in some 0.2 s and 15 to 40 MB.
     """
     if room <= MOST_IN_ONE_PIECE:
         half = room // 2 // TILE * TILE
@@ -141,8 +120,7 @@ def _sums(
     begin: Int32[Array | np.int32, ""],
     *,
     length: int,
-    masked: np.float32,
-) -> _Sums:
+) -> Sums:
     """Sum over `length` positions from `start` on that are not below `begin` nor above `last`.
 
     `start` and `length` are multiples of the tiles' width.
@@ -163,7 +141,7 @@ def _sums(
     index = start + lax.broadcasted_iota(jnp.int32, scores.shape, 0) * np.int32(width)
     index += lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     seen = (index <= heads.last[None, :, None]) & (index >= begin)
-    scores = fence(jnp.where(seen, scores, masked))
+    scores = fence(jnp.where(seen, scores, MASKED))
     largest = fence(scores.max(0)).max(-1)
     weights = fence(jnp.exp(scores - largest[None, :, None]))
     total = fence(weights.sum(0)).sum(-1)
@@ -171,14 +149,14 @@ def _sums(
     # As a reduction this takes 97 us where it takes 3 as a product.
     ones = jnp.ones((1, tiles), jnp.float32)
     out = jnp.matmul(ones, out.reshape(tiles, -1), precision=lax.Precision.HIGHEST)
-    return _Sums(largest, total, out.reshape(q.shape))
+    return Sums(largest, total, out.reshape(q.shape))
 
 
-def _merge(a: _Sums, b: _Sums) -> _Sums:
+def _merge(a: Sums, b: Sums) -> Sums:
     largest = jnp.maximum(a.largest, b.largest)
     to_a, to_b = jnp.exp(a.largest - largest), jnp.exp(b.largest - largest)
     out = to_a[:, None] * a.out + to_b[:, None] * b.out
-    return _Sums(largest, to_a * a.total + to_b * b.total, out)
+    return Sums(largest, to_a * a.total + to_b * b.total, out)
 
 
 def _add(terms: Sequence[Array]) -> Array:

@@ -42,6 +42,7 @@ RUNGS = {
     "params": 2.1,
     "cache": 2.0,
     "cache_tiles": 1.0,
+    "softmax_sums": 1.0,
     "tiled_attention": 2.1,
     "attention": 3.0,
     "layers": 3.0,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,44 +14,21 @@ import pytest
 import qllama_jax as ql
 from cpu_weights import normal, relative_error, weight
 from matrix import TOKENS
-from qllama_jax import decoding, session
-from qllama_jax.cache_tiles import TILE
+from qllama_jax import session
 from qllama_jax.matmul import cpu, matmul_expert
 from qllama_jax.matmul.cpu import LAYOUTS
 from qllama_jax.matmul.cpu.weight import lanes_of
 from qllama_jax.params import StackedBlocks
 from reference import Reference
 from small_model import FLOAT32
+from stacked_models import FILES, loader, looped
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
-#: The types of packed weights, as XLA writes them.
-KINDS = {"uint16": "u16", "int8": "s8", "uint8": "u8", "float16": "f16", "bfloat16": "bf16"}
-
-
-def in_two_formats(name: str) -> str:
-    """As a Q4_K_M file: Q6_K for some tensors of some layers."""
-    return "Q6_K" if re.search(r"blk\.\d*[01]\.(attn_v|ffn_(down|up_exps))", name) else "Q4_K"
-
-
-FILES: dict[str, dict[str, Any]] = {
-    **{name: {"qtype": name} for name in LAYOUTS},
-    "two formats": {"qtype": in_two_formats},
-    "biases, tied": {"qtype": "Q8_0", "biases": True, "tied": True},
-    "experts": {"qtype": "Q4_1", "experts": 4, "experts_used": 2},
-    "experts in two formats": {"qtype": in_two_formats, "experts": 3, "experts_used": 2},
-    "one expert": {"qtype": "Q5_1", "experts": 1, "experts_used": 1},
-    "one layer": {"qtype": "BF16", "layers": 1},
-}
 
 
 @pytest.fixture(scope="module")
 def load_model(tiny_llama):
-    @functools.cache
-    def load(name: str, **options: Any) -> tuple[Path, ql.Model]:
-        path = tiny_llama(**{"layers": 3, **FILES[name], **options})
-        return path, ql.load(path)
-
-    return load
+    return loader(tiny_llama)
 
 
 @pytest.fixture
@@ -83,12 +58,6 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(session, "init_cache", make)
     return dtypes
-
-
-def looped(model: ql.Model) -> ql.Params:
-    params = model.looped_params
-    assert params is not None
-    return params
 
 
 def pointers(tree: Any) -> list[int]:
@@ -187,81 +156,6 @@ def test_stacks_are_the_memory_of_the_blocks(load_model, name: str):
     assert len(set(map(id, weights))) == len(set(pointers(weights)))
 
 
-def compiled_loop(model: ql.Model, room: int = 128) -> str:
-    """The text of the compiled decoding loop of one row."""
-    row = jnp.zeros((1,), jnp.int32)
-    state = decoding.DecodeState(
-        cache=ql.init_cache(model.config, 1, room, stacked=True),
-        token=row,
-        recent=jnp.zeros((1, 64), jnp.int32),
-        keys=ql.row_keys(jax.random.key(0), 1),
-        finish=row,
-        generated=row,
-    )
-    arguments = looped(model), state, ql.Sampling(), jnp.zeros((0,), jnp.int32), 3
-    static = {"config": model.config, "max_steps": 4, "activations": "auto", "top_logprobs": 0}
-    lowered = session._decode.lower(*arguments, **static, dtype=jnp.float32)
-    text = lowered.compile().as_text()
-    assert text is not None
-    return text
-
-
-@pytest.mark.parametrize("name", ["Q4_0", "two formats", "experts"])
-def test_a_loop_is_as_large_for_many_layers_as_for_few(load_model, name: str):
-    texts = [compiled_loop(load_model(name, layers=layers)[1]) for layers in (6, 12)]
-    # Of constants there are fewer where a number of layers equals another number.
-    sizes = [text.count(" = ") - text.count(" constant(") for text in texts]
-    assert sizes[0] == sizes[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "room"), [("Q4_0", 1024), ("Q8_0", 128), ("two formats", 128), ("experts", 1024)]
-)
-def test_a_loop_copies_neither_weights_nor_the_cache(load_model, name: str, room: int):
-    _, model = load_model(name)
-    text = compiled_loop(model, room)
-    kept = {
-        (KINDS[leaf.dtype.name], size)
-        for leaf in jax.tree.leaves(looped(model).blk)
-        if leaf.dtype.name in KINDS
-        for size in (leaf.size, leaf[0].size)
-    }
-    within = "\n\n".join(part for part in text.split("\n\n") if "%fused" not in part[:10])
-    made = re.findall(r"= (\w+)\[([\d,]+)\]\S* (?:copy|fusion|transpose|convert|call)\(", within)
-    sizes = {(kind, int(np.prod([int(n) for n in shape.split(",")]))) for kind, shape in made}
-    assert kept
-    assert not kept & sizes
-    config = model.config
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    # Written in place: what gives the whole cache is the update of it.
-    tiles = f"{L},1,{room // TILE},{K}"
-    tile = f"(?:{TILE},{H}|{H},{TILE})"
-    whole = re.findall(rf"%(\S+) = f32\[{tiles},{tile}\]\S* (\w+)\(", within)
-    names = {name for name, kind in whole if kind in {"copy", "fusion", "transpose"}}
-    assert names
-    assert all("dynamic-update-slice" in name or "dynamic_update_slice" in name for name in names)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_kernels_find_the_numbers_of_rows_stored(load_model, name: str):
-    # Where a kernel computes them of the layer's number, LLVM's code is scalar.
-    _, model = load_model(name)
-    gathers = 0
-    for part in compiled_loop(model).split("\n\n"):
-        if "%fused" not in part[:10]:
-            continue
-        made = dict(re.findall(r"%(\S+) = \S+ ([\w-]+)\(", part))
-        takes = dict(re.findall(r"%(\S+) = \S+ (?:bitcast|broadcast)\(%([^\s,)]+)", part))
-        lanes = "|".join({str(lanes_of(name)) for name in ("Q4_0", "Q8_0")})
-        packed = rf"= (?:{'|'.join(KINDS.values())})\[[\d,]+,(?:{lanes})\]\S* "
-        for numbers in re.findall(packed + r"gather\(%\S+, %([^\s,)]+)\)", part):
-            while made[numbers] in {"bitcast", "broadcast"}:
-                numbers = takes[numbers]
-            assert made[numbers] == "parameter"
-            gathers += 1
-    assert gathers >= 7
-
-
 @pytest.mark.parametrize("rows", [4, 5, 8, 9])
 def test_as_many_rows_go_through_the_loop_as_kernels_take_in_one_piece(rows: int):
     assert cpu.reads_stacks(rows, "auto") == cpu.reads_stacks(rows, "int8") == (rows <= 8)
@@ -297,6 +191,16 @@ def test_more_rows_take_one_layer_after_another(load_model, decoded: list[type])
         decoded.clear()
         ql.generate(model, [[5]] * rows, max_new_tokens=2, ignore_eos=True)
         assert set(decoded) == {blocks}
+
+
+def test_pure_generation_out_of_a_stack_has_a_room_of_whole_tiles(load_model):
+    _, model = load_model("Q4_0")
+    prompt, count = jnp.asarray([[5, 6, 7]], jnp.int32), jnp.asarray([3], jnp.int32)
+    options: dict[str, Any] = {"config": model.config, "stop_tokens": [], "max_new_tokens": 100}
+    key, sampling = jax.random.key(0), ql.Sampling()
+    found = ql.generate_tokens(looped(model), prompt, count, key, sampling=sampling, **options)
+    assert found.cache.max_length == 128
+    assert found.cache.lengths.tolist() == [102]
 
 
 def test_params_that_are_looped_already_are_generated_with(load_model, decoded: list[type]):
